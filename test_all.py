@@ -1,0 +1,1637 @@
+"""Tests of everything, against hand-worked numbers and slow obvious forms.
+
+    python test_all.py                        all quick tests
+    python test_all.py LossTest.test_pixel    one of them
+    python test_all.py --slow                 the long ones too: the whole demo, and the domain gap
+
+Needs torch, numpy and pillow, two CPU cores, no data and no network.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import convnext
+import data
+import evaluate
+import losses
+import swiftnet
+import train
+
+HERE = Path(__file__).resolve().parent
+
+
+def tiny_model(num_classes=5, levels=3, seed=0, layer_scale=1.0):
+    """A SwiftNet of four blocks, with norm statistics that are not the trivial ones."""
+    torch.manual_seed(seed)
+    backbone = convnext.ConvNeXt((1, 1, 1, 1), (8, 16, 24, 32), layer_scale=layer_scale)
+    model = swiftnet.SwiftNet(backbone, num_classes, width=16, levels=levels)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.Conv2d):
+            module.weight.data *= 3                  # so that logits differ visibly between pixels
+    return model
+
+
+class Temporary(unittest.TestCase):
+    """A test case with an empty folder in self.folder."""
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="swiftnet-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+
+# --- convnext.py --------------------------------------------------------------------------------
+
+def slow_convnext(model, x):
+    """The forward pass of Liu et al. (figure 4), in plain tensor algebra on (B, C, H, W)."""
+    state = model.state_dict()
+
+    def norm(x, name):
+        mean = x.mean(1, keepdim=True)
+        variance = ((x - mean) ** 2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + 1e-6)
+        return x * state[name + ".weight"].view(1, -1, 1, 1) + state[name + ".bias"].view(1, -1, 1, 1)
+
+    def conv(x, name, **how):
+        weight = state[name + ".weight"]
+        return F.conv2d(x, weight.view(*weight.shape, *(1,) * (4 - weight.ndim)), state[name + ".bias"], **how)
+
+    features = []
+    for i, depth in enumerate(model.depths):
+        name = f"downsample_layers.{i}"
+        x = norm(conv(x, name + ".0", stride=4), name + ".1") if i == 0 else \
+            conv(norm(x, name + ".0"), name + ".1", stride=2)
+        for j in range(depth):
+            name = f"stages.{i}.{j}."
+            y = norm(conv(x, name + "dwconv", padding=3, groups=x.shape[1]), name + "norm")
+            y = conv(y, name + "pwconv1")
+            y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+            x = x + state[name + "gamma"].view(1, -1, 1, 1) * conv(y, name + "pwconv2")
+        features.append(x)
+    return features
+
+
+def foreign_layouts(state):
+    """Our state dict under the names of the four layouts, written out independently of the reader."""
+    torchvision, timm, hugging = {}, {}, {}
+    for name, tensor in state.items():
+        part = name.split(".")
+        leaf = part[-1]
+        if part[0] == "downsample_layers":
+            i, k = int(part[1]), part[2]
+            torchvision[f"features.{2 * i}.{k}.{leaf}"] = tensor
+            timm[f"stem.{k}.{leaf}" if i == 0 else f"stages.{i}.downsample.{k}.{leaf}"] = tensor
+            where = {"0": "patch_embeddings", "1": "layernorm"}[k]
+            hugging[f"convnext.embeddings.{where}.{leaf}" if i == 0 else
+                    f"convnext.encoder.stages.{i}.downsampling_layer.{k}.{leaf}"] = tensor
+        else:
+            i, j, what = part[1], part[2], part[3]
+            tv = {"dwconv": 0, "norm": 2, "pwconv1": 3, "pwconv2": 5}
+            ti = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}
+            torchvision_block, timm_block = f"features.{2 * int(i) + 1}.{j}", f"stages.{i}.blocks.{j}"
+            hugging_block = f"convnext.encoder.stages.{i}.layers.{j}"
+            if what == "gamma":
+                torchvision[torchvision_block + ".layer_scale"] = tensor.view(-1, 1, 1)
+                timm[timm_block + ".gamma"] = tensor
+                hugging[hugging_block + ".layer_scale_parameter"] = tensor
+            else:
+                torchvision[f"{torchvision_block}.block.{tv[what]}.{leaf}"] = tensor
+                linear = what.startswith("pw") and leaf == "weight"
+                timm[f"{timm_block}.{ti[what]}.{leaf}"] = tensor[..., None, None] if linear else tensor
+                hugging[f"{hugging_block}.{'layernorm' if what == 'norm' else what}.{leaf}"] = tensor
+    width = state["downsample_layers.3.1.weight"].shape[0]
+
+    def head(names):
+        return {f"{name}.{leaf}": torch.zeros(7) for name in names for leaf in ("weight", "bias")}
+    return {"facebook": {"model": {**state, **head(("norm", "head"))}},
+            "torchvision": {**torchvision, **head(("classifier.0", "classifier.2"))},
+            "timm": {**timm, **head(("head.norm", "head.fc"))},
+            "huggingface": {**hugging, **head(("convnext.layernorm", "classifier"))}}
+
+
+def write_safetensors(path, tensors):
+    """A safetensors file by the letter of the format."""
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        blob += raw
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + blob)
+
+
+class BackboneTest(Temporary):
+    # Parameters of the published classifiers with 1000 classes (torchvision and timm print them).
+    PUBLISHED = {"convnext_atto": 3695520, "convnext_femto": 5217784, "convnext_pico": 9045672,
+                 "convnext_nano": 15593560, "convnext_tiny": 28589128, "convnext_small": 50223688,
+                 "convnext_base": 88591464, "convnext_large": 197767336, "convnext_xlarge": 350196968}
+
+    def test_parameter_counts(self):
+        self.assertEqual(list(self.PUBLISHED), list(convnext.SIZES))
+        for name, published in self.PUBLISHED.items():
+            with torch.device("meta"):
+                backbone = convnext.convnext(name)
+            last = convnext.SIZES[name][1][-1]
+            head = 1000 * last + 1000 + 2 * last                   # classifier and final norm
+            self.assertEqual(sum(p.numel() for p in backbone.parameters()) + head, published, name)
+
+    def test_equals_slow_form(self):
+        torch.manual_seed(0)
+        model = convnext.ConvNeXt((1, 2, 1, 1), (8, 12, 16, 20), layer_scale=0.7).double()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features = model(x.contiguous(memory_format=layout))
+            for i, (ours, slow) in enumerate(zip(features, slow_convnext(model, x))):
+                self.assertEqual(ours.shape, (2, model.dims[i], 64 >> i + 2, 96 >> i + 2))
+                self.assertLess((ours - slow).abs().max(), 1e-12)
+
+    def test_checkpointed_blocks_and_drop_path(self):
+        torch.manual_seed(0)
+        model = convnext.ConvNeXt((2, 1, 1, 1), (8, 12, 16, 20), drop_path=0.5, layer_scale=1.0)
+        x, grads = torch.randn(2, 3, 64, 64), []
+        for model.checkpoint_blocks in (False, True):
+            model.zero_grad()
+            torch.manual_seed(1)
+            sum(f.square().sum() for f in model(x)).backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for plain, recomputed in zip(*grads):
+            torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-5)
+        # The mean over many draws of a dropped residual is the residual.
+        block = convnext.Block(8, drop_path=0.25, layer_scale=1.0)
+        x = torch.randn(1, 8, 7, 7).expand(4000, -1, -1, -1)
+        residual = (block(x) - x).detach()
+        kept = residual.flatten(1).abs().amax(1) > 0
+        self.assertAlmostEqual(kept.float().mean().item(), 0.75, delta=0.03)
+        block.eval()
+        torch.testing.assert_close(residual[kept][0] * 0.75, (block(x[:1]) - x[:1])[0].detach(), rtol=1e-4, atol=1e-5)
+
+    def test_reads_all_layouts(self):
+        torch.manual_seed(3)
+        source = convnext.ConvNeXt((1, 1, 2, 1), (8, 12, 16, 20))
+        for p in source.parameters():
+            p.data = torch.randn_like(p)
+        for layout, state in foreign_layouts(source.state_dict()).items():
+            path = self.folder / f"{layout}.download"              # the name must not matter
+            for write in (torch.save, None):
+                if write:
+                    torch.save(state, path)
+                else:
+                    write_safetensors(path, state.get("model", state))
+                model = convnext.ConvNeXt((1, 1, 2, 1), (8, 12, 16, 20))
+                convnext.load_pretrained(model, str(path))
+                for name, tensor in source.state_dict().items():
+                    self.assertTrue(torch.equal(model.state_dict()[name], tensor), (layout, name))
+
+    def test_nothing_is_lost_in_silence(self):
+        model = convnext.ConvNeXt((1, 1, 1, 1), (8, 12, 16, 20))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        good = foreign_layouts(model.state_dict())["timm"]
+        missing = {k: v for k, v in good.items() if k != "stages.2.blocks.0.gamma"}
+        for state, words in ((missing, "missing: stages.2.0.gamma"),
+                             ({**good, "stages.0.blocks.0.extra": torch.ones(1)}, "unexpected: stages.0.blocks.0.extra"),
+                             ({**good, "stem.0.weight": torch.ones(9, 3, 4, 4)}, r"\(9, 3, 4, 4\) in the file"),
+                             ({"conv1.weight": torch.ones(1)}, "no ConvNeXt in the layout")):
+            with self.assertRaisesRegex(ValueError, words):
+                convnext.load_pretrained(model, state)
+        for name, tensor in model.state_dict().items():
+            self.assertTrue(torch.equal(tensor, before[name]))
+
+    def test_published_table(self):
+        large = convnext.convnext("convnext_pico")
+        with self.assertRaisesRegex(ValueError, "never published as 'in22k'; there is 'in1k'"):
+            convnext.load_pretrained(large, "in22k")
+        with mock.patch("torch.hub.get_dir", return_value=str(self.folder)), \
+                mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+            with self.assertRaisesRegex(FileNotFoundError, re.escape(str(self.folder)) + ".*convnext_pico_d1"):
+                convnext.load_pretrained(large, "in1k")
+            # What the message says: put the file there, and it is taken.
+            path = self.folder / "checkpoints" / os.path.basename(convnext.WEIGHTS["convnext_pico"]["in1k"])
+            torch.save(convnext.convnext("convnext_pico", layer_scale=0.5).state_dict(), path)
+            convnext.load_pretrained(large, "in1k")
+        self.assertEqual(large.stages[0][0].gamma[0].item(), 0.5)
+
+    def test_bad_files(self):
+        good = self.folder / "good.safetensors"
+        write_safetensors(good, {"a": torch.ones(4)})
+        raw = good.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        bad = {"empty": b"", "text": b"hello, this is no checkpoint", "zip": b"PK\x03\x04" + bytes(50),
+               "cut": raw[:-4], "header": (2 ** 62).to_bytes(8, "little") + raw[8:],
+               "json": raw[:8] + b"{" + b"x" * (size - 1) + raw[8 + size:],
+               "offsets": raw.replace(b"[0, 16]", b"[9, 25]"), "shape": raw.replace(b"[4]", b"[5]"),
+               "dtype": raw.replace(b"F32", b"F99"), "negative": raw.replace(b"[0, 16]", b"[-4,12]")}
+        for name, content in bad.items():
+            path = self.folder / name
+            path.write_bytes(content)
+            with self.assertRaisesRegex(ValueError, re.escape(str(path)), msg=name):
+                convnext.read_tensors(path)
+        with self.assertRaises(FileNotFoundError):
+            convnext.read_tensors(self.folder / "nowhere.pth")
+        torch.save({"model": Path("pickled object")}, self.folder / "object.pth")
+        with self.assertRaisesRegex(ValueError, "plain values.* it holds a pathlib"):
+            convnext.read_tensors(self.folder / "object.pth")
+
+
+# --- swiftnet.py --------------------------------------------------------------------------------
+
+class SwiftNetTest(Temporary):
+    def test_macs_of_the_deck(self):
+        for name, macs in (("convnext_base", 956.45e9), ("convnext_large", 2066.40e9)):
+            with torch.device("meta"):
+                model = swiftnet.build(name)
+            self.assertLess(abs(swiftnet.count_macs(model, 1024, 2048) / macs - 1), 1e-3)
+
+    def test_macs_by_hand(self):
+        # One convolution of the stem on 8x8: 2x2 outputs, 4x4x3 weights each, 8 channels.
+        model = tiny_model()
+        counted = swiftnet.count_macs(model, 128, 128)
+        by_hand, hooks = [], []
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                hooks.append(module.register_forward_hook(lambda m, _, out: by_hand.append(
+                    out.numel() * m.weight[0].numel())))
+        model.eval()(torch.zeros(1, 3, 128, 128))
+        self.assertEqual(counted, sum(by_hand))
+
+    def test_structure_by_slow_form(self):
+        """The pyramid written out stride by stride, on an image that needs no padding."""
+        model = tiny_model().double().eval()
+        image = torch.randint(0, 256, (1, 3, 128, 256), dtype=torch.uint8)
+        x = (image.double() - torch.tensor(swiftnet.MEAN).view(3, 1, 1)) / torch.tensor(swiftnet.STD).view(3, 1, 1)
+        half = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+        quarter = (half[..., ::2, ::2] + half[..., 1::2, ::2] + half[..., ::2, 1::2] + half[..., 1::2, 1::2]) / 4
+        at = {}
+        for level, image_level in enumerate((x, half, quarter)):
+            for i, feature in enumerate(slow_convnext(model.backbone, image_level)):
+                stride = 4 * 2 ** (i + level)
+                at[stride] = at.get(stride, 0) + model.lateral[level][i](feature)
+        self.assertEqual(sorted(at), [4, 8, 16, 32, 64, 128])
+        y = at[128]
+        for stride, blend in zip((64, 32, 16, 8, 4), model.ladder):
+            y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+            y = blend(y + at[stride])
+        slow = F.interpolate(model.head(y), scale_factor=4, mode="bilinear", align_corners=False)
+        model.mean, model.std = model.mean.double(), model.std.double()
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            ours = model(image)
+        self.assertLess((ours - slow).abs().max(), 1e-9)
+
+    def test_any_size(self):
+        model = tiny_model().eval()
+        for height, width in ((1, 1), (3, 200), (127, 129), (128, 128), (129, 1)):
+            for images in (torch.zeros(2, 3, height, width, dtype=torch.uint8), torch.zeros(2, 3, height, width)):
+                with torch.no_grad():
+                    self.assertEqual(model(images).shape, (2, 5, height, width))
+        # Padding is the mean colour, right and below.
+        image = torch.randint(0, 256, (1, 3, 100, 90)).float()
+        padded = torch.tensor(swiftnet.MEAN).view(1, 3, 1, 1).repeat(1, 1, 128, 128)
+        padded[..., :100, :90] = image
+        with torch.no_grad():
+            torch.testing.assert_close(model(image), model(padded)[..., :100, :90])
+
+    def test_one_backbone_for_all_levels(self):
+        model = tiny_model()
+        calls = []
+        model.backbone.register_forward_hook(lambda m, inputs, out: calls.append(tuple(inputs[0].shape[2:])))
+        model(torch.zeros(1, 3, 256, 128, dtype=torch.uint8))
+        self.assertEqual(calls, [(256, 128), (128, 64), (64, 32)])
+        single = tiny_model(levels=1)
+        self.assertEqual(len(single.lateral), 1)
+        self.assertEqual(single(torch.zeros(1, 3, 40, 40)).shape, (1, 5, 40, 40))
+
+    def test_input_is_left_alone(self):
+        image = torch.randint(0, 256, (2, 3, 64, 64)).float()
+        before = image.clone()
+        tiny_model()(image)
+        self.assertTrue(torch.equal(image, before))
+
+    def test_widths(self):
+        widths = {name: swiftnet.ladder_width(name) for name in convnext.SIZES}
+        self.assertEqual(widths, {"convnext_atto": 128, "convnext_femto": 128, "convnext_pico": 128,
+                                  "convnext_nano": 128, "convnext_tiny": 256, "convnext_small": 256,
+                                  "convnext_base": 256, "convnext_large": 320, "convnext_xlarge": 320})
+
+    def test_predict(self):
+        models = [tiny_model(seed=seed).eval() for seed in (0, 1)]
+        image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+        total = 0
+        with torch.no_grad():
+            for scale, model, mirrored in itertools.product((1.0, 1.5), models, (False, True)):
+                x = F.interpolate(image[None].float(), size=(round(70 * scale), round(90 * scale)),
+                                  mode="bilinear", align_corners=False)
+                y = model(x.flip(3)).flip(3) if mirrored else model(x)
+                total = total + F.interpolate(y, size=(70, 90), mode="bilinear", align_corners=False)
+        ours = swiftnet.predict(models, image, scales=(1.0, 1.5), flip=True)
+        self.assertEqual((ours.shape, ours.dtype), ((5, 70, 90), torch.float32))
+        torch.testing.assert_close(ours, total[0] / 8, rtol=1e-4, atol=1e-4)
+
+    def test_tiles(self):
+        """Where the receptive field ends inside the thrown-away margin, tiles change nothing."""
+        model = tiny_model(levels=1).eval()
+        model.backbone.stages[3] = model.backbone.stages[2] = nn.Sequential()             # short reach
+        probe = torch.rand(1, 3, 512, 512).mul(255).requires_grad_()
+        model(probe)[0, :, 256, 256].sum().backward()
+        touched = probe.grad.abs().sum((0, 1)).nonzero()
+        self.assertLess((touched - 256).abs().max().item(), 128)                          # tile / 4
+        image = torch.randint(0, 256, (3, 600, 1100), dtype=torch.uint8)
+        whole, tiled = swiftnet.predict(model, image), swiftnet.predict(model, image, tile=512)
+        torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)
+        with self.assertRaisesRegex(ValueError, "multiple of 512"):
+            swiftnet.predict(model, image, tile=500)
+
+    def test_size_table_runs(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            swiftnet.main()
+        self.assertRegex(out.getvalue(), r"convnext_base +256 +[\d.]+ +956\.45 +957\.1 +-0\.07%")
+        self.assertRegex(out.getvalue(), r"convnext_large +320 +[\d.]+ +2066\.40 +2067\.3 +-0\.04%")
+
+
+# --- losses.py ----------------------------------------------------------------------------------
+
+def brute_distance(labels):
+    """Distance to the nearest other label by looking at every pair of pixels."""
+    out = torch.full(labels.shape, math.inf)
+    height, width = labels.shape[1:]
+    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    for b, y, x in itertools.product(range(len(labels)), range(height), range(width)):
+        other = labels[b] != labels[b, y, x]
+        if other.any():
+            squared = ((ys - y) ** 2 + (xs - x) ** 2)[other].min()
+            out[b, y, x] = squared.double().sqrt().float()
+    return out
+
+
+class LossTest(unittest.TestCase):
+    def maps(self):
+        random = np.random.default_rng(0)
+        for k, (height, width) in enumerate([(1, 1), (1, 23), (19, 1), (9, 31), (24, 24), (17, 29), (33, 20)]):
+            few = torch.from_numpy(random.integers(0, 3, (2, height, width)))
+            yield few
+            yield torch.where(torch.from_numpy(random.random((2, height, width)) < 0.02), 255, 7)   # thin
+            blocks = torch.from_numpy(random.integers(0, 4, (2, height // 8 + 1, width // 8 + 1)))
+            yield blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width]
+        yield torch.full((2, 12, 15), 255)
+        yield torch.full((1, 12, 15), 3)
+
+    def test_distance_is_exact(self):
+        for labels in self.maps():
+            for dtype in (torch.int64, torch.uint8):
+                self.assertTrue(torch.equal(losses.boundary_distance(labels.to(dtype)), brute_distance(labels)))
+
+    def test_distance_far_away(self):
+        labels = torch.zeros(1, 40, 6000, dtype=torch.uint8)       # squares above 2^24
+        labels[0, 39, 5999] = 1
+        distance = losses.boundary_distance(labels)
+        self.assertEqual(distance[0, 0, 0].item(), float(np.float32(math.sqrt(39 ** 2 + 5999 ** 2))))
+
+    def test_distance_under_flips(self):
+        labels = torch.randint(0, 3, (2, 21, 34), generator=torch.Generator().manual_seed(1))
+        for axes in ((1,), (2,), (1, 2)):
+            self.assertTrue(torch.equal(losses.boundary_distance(labels.flip(axes)),
+                                        losses.boundary_distance(labels).flip(axes)))
+        self.assertTrue(torch.equal(losses.boundary_distance(labels.mT), losses.boundary_distance(labels).mT))
+
+    def test_weights_table(self):
+        labels = torch.zeros(1, 3, 400, dtype=torch.int64)
+        labels[..., 200:] = 1
+        labels[..., 399] = 255
+        expected = []
+        for x in range(400):
+            d = 200 - x if x < 200 else min(x - 199, 399 - x) if x < 399 else None
+            expected.append(0 if d is None else 8 if d < 4 else 6 if d < 16 else 4 if d < 64 else 2 if d < 128 else 1)
+        for row in losses.boundary_weights(labels)[0]:
+            self.assertEqual(row.tolist(), expected)
+
+    def test_weights_equal_distances(self):
+        generator = torch.Generator().manual_seed(2)
+        labels = torch.randint(0, 6, (2, 12, 10), generator=generator)
+        labels[labels == 5] = 255
+        labels = labels.repeat_interleave(23, 1).repeat_interleave(31, 2)
+        distance = losses.boundary_distance(labels)
+        for bins, alphas in ((losses.BINS, losses.ALPHAS), ((2, 9), (5, 3, 1))):
+            expected = torch.full_like(distance, alphas[-1])
+            for edge, alpha in reversed(list(zip(bins, alphas))):
+                expected[distance < edge] = alpha
+            expected[labels == 255] = 0
+            self.assertTrue(torch.equal(losses.boundary_weights(labels, bins, alphas), expected))
+        with self.assertRaises(ValueError):
+            losses.boundary_weights(labels, (1, 2), (1, 2))
+
+    def test_pixel(self):
+        """p = softmax([ln 3, 0])[0] = 3/4: loss = 8 exp(0.5 / 4) (-ln 0.75)."""
+        logits = torch.tensor([math.log(3.0), 0.0]).view(1, 2, 1, 1)
+        loss = losses.boundary_aware_focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 8.0))
+        self.assertAlmostEqual(loss.item(), 8 * math.exp(0.125) * -math.log(0.75), places=5)
+        self.assertAlmostEqual(loss.item(), 2.607892, places=5)
+
+    def test_slow_form_and_gradient(self):
+        generator = torch.Generator().manual_seed(4)
+        logits = 3 * torch.randn(2, 5, 9, 11, generator=generator)
+        labels = torch.randint(0, 5, (2, 9, 11), generator=generator)
+        labels[torch.rand(2, 9, 11, generator=generator) < 0.2] = 255
+        weights = losses.boundary_weights(labels)
+        for gamma, normalizer in ((0.5, None), (2.0, 1234)):
+            a = logits.clone().requires_grad_()
+            before = labels.clone()
+            loss = losses.boundary_aware_focal_loss(a, labels, weights, gamma, normalizer)
+            loss.backward()
+            self.assertTrue(torch.equal(labels, before))
+            b = logits.double().requires_grad_()
+            total, count = 0, 0
+            for n, y, x in itertools.product(range(2), range(9), range(11)):
+                c = labels[n, y, x]
+                if c == 255:
+                    continue
+                log_p = b[n, c, y, x] - torch.logsumexp(b[n, :, y, x], 0)
+                factor = math.exp(gamma * (1 - math.exp(log_p.item())))        # a number: no gradient
+                total, count = total - weights[n, y, x].double() * factor * log_p, count + 1
+            slow = total / (normalizer or count)
+            slow.backward()
+            self.assertAlmostEqual(loss.item(), slow.item(), places=5)
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-7)
+
+    def test_finite_differences(self):
+        """At gamma = 0 the loss has no detached factor, so differences must see its whole gradient."""
+        generator = torch.Generator().manual_seed(5)
+        logits = torch.randn(1, 3, 4, 4, generator=generator).requires_grad_()
+        labels = torch.randint(0, 3, (1, 4, 4), generator=generator)
+        weights = losses.boundary_weights(labels)
+        losses.boundary_aware_focal_loss(logits, labels, weights, gamma=0.0).backward()
+        with torch.no_grad():
+            for index in ((0, 0, 1, 1), (0, 2, 3, 0), (0, 1, 2, 2)):
+                values = []
+                for sign in (1, -1):
+                    moved = logits.clone()
+                    moved[index] += sign * 0.05
+                    values.append(losses.boundary_aware_focal_loss(moved, labels, weights, gamma=0.0).item())
+                self.assertAlmostEqual((values[0] - values[1]) / 0.1, logits.grad[index].item(), places=2)
+
+    def test_all_ignored(self):
+        logits = torch.randn(1, 4, 8, 8, requires_grad=True)
+        labels = torch.full((1, 8, 8), 255)
+        loss = losses.boundary_aware_focal_loss(logits, labels, losses.boundary_weights(labels))
+        loss.backward()                                            # attached: must not raise
+        self.assertEqual(loss.item(), 0)
+        self.assertEqual(logits.grad.abs().max().item(), 0)
+
+
+# --- evaluate.py --------------------------------------------------------------------------------
+
+def brute_metrics(logits, labels, invalid, temperature, thetas):
+    """IoU, UIoU at every theta and ECE by counting pixels one threshold at a time (metrics.md)."""
+    classes = logits.shape[1]
+    q, y = torch.softmax(logits.double() / temperature, 1).max(1)
+    q = q.float()
+    known = labels != 255
+    present = [c for c in range(classes) if ((labels == c) | (y == c))[known].any()]
+
+    def mean_uiou(theta):
+        total = 0
+        for c in present:
+            valid = q >= theta
+            tp = (known & (labels == c) & (y == c) & valid).sum().item()
+            fp = (known & (labels != c) & (y == c) & valid).sum().item()
+            fn = (known & (labels == c) & (y != c) & valid).sum().item()
+            ti = (known & (labels == c) & (invalid == 1) & ~valid).sum().item()
+            fi = (known & (labels == c) & (invalid == 0) & ~valid).sum().item()
+            total += (tp + ti) / (tp + ti + fp + fn + fi) if tp + ti + fp + fn + fi else 0
+        return total / len(present)
+
+    def error(chosen):
+        n, total = chosen.sum().item(), 0
+        for b in range(15):
+            inside = chosen & (q > np.float32(b / 15)) & (q <= np.float32((b + 1) / 15))
+            total += abs((inside & (y == labels)).sum().item() - q[inside].double().sum().item())
+        return total / n
+    return mean_uiou(0), [mean_uiou(theta) for theta in thetas], error(known), error(known & (invalid == 0))
+
+
+def logits_of(confidence, prediction, classes):
+    """Logits (1, C, H, W) whose softmax has this maximum, in this class, the rest shared evenly."""
+    rest = (1 - confidence) / (classes - 1)
+    p = rest[:, None].repeat(1, classes, 1, 1).scatter(1, prediction[:, None], confidence[:, None])
+    return p.double().log().float()
+
+
+class MetricsTest(unittest.TestCase):
+    def random(self, images=4, classes=6, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn(images, classes, 13, 17, generator=generator)
+        labels = torch.randint(0, classes - 1, (images, 13, 17), generator=generator)    # one class absent
+        logits[:, classes - 1] -= 100                                                    # and never predicted
+        hint = F.one_hot(labels, classes).permute(0, 3, 1, 2)
+        logits += 2 * hint * torch.rand(images, 1, 13, 17, generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+        invalid = torch.rand(labels.shape, generator=generator) < 0.3
+        return logits, labels, invalid
+
+    def test_worked_example(self):
+        truth = torch.tensor([[[0, 0], [1, 255]]])
+        invalid = torch.tensor([[[0, 1], [0, 0]]])
+        logits = logits_of(torch.tensor([[[.9, .6], [.7, .8]]]), torch.tensor([[[0, 1], [1, 0]]]), 2)
+        metrics = evaluate.Metrics(2)
+        metrics.update(logits, truth, invalid)
+        result = metrics.compute()
+        self.assertAlmostEqual(result["miou"], 0.5)
+        self.assertAlmostEqual(result["auiou"], 0.55, places=3)
+        self.assertAlmostEqual(result["ece"], 1 / 3, places=5)
+        self.assertAlmostEqual(result["ece_valid"], 0.2, places=5)         # pixels 1 and 3: (.1 + .3) / 2
+        self.assertEqual(result["pixels"], 3)
+        for theta, uiou in ((.5, .5), (.65, 1), (.75, .5), (.95, .25)):
+            at = (result["thresholds"] - theta).abs().argmin()
+            self.assertAlmostEqual(result["uiou"][at].item(), uiou)
+        coarse = evaluate.Metrics(2, thresholds=3)                         # .5, .75, 1
+        coarse.update(logits, truth, invalid)
+        self.assertEqual(coarse.compute()["thresholds"].tolist(), [.5, .75, 1])
+        self.assertAlmostEqual(coarse.compute()["auiou"], (.5 + .5 + .25) / 3)
+
+    def test_brute_force(self):
+        logits, labels, invalid = self.random()
+        for temperature in (0.67, 1.0, 1.5):
+            metrics = evaluate.Metrics(6, temperature, thresholds=23)
+            metrics.update(logits, labels, invalid)
+            result = metrics.compute()
+            miou, uiou, ece, ece_valid = brute_metrics(logits, labels, invalid, temperature, result["thresholds"])
+            self.assertAlmostEqual(result["miou"], miou, places=12)
+            np.testing.assert_allclose(result["uiou"].numpy(), uiou, rtol=0, atol=1e-12)
+            self.assertAlmostEqual(result["auiou"], sum(uiou) / 23, places=12)
+            self.assertAlmostEqual(result["ece"], ece, places=6)
+            self.assertAlmostEqual(result["ece_valid"], ece_valid, places=6)
+            self.assertEqual(result["classes"], 5)
+            self.assertTrue(result["iou"][5].isnan())
+
+    def test_temperature_leaves_iou_alone(self):
+        logits, labels, invalid = self.random()
+        iou = []
+        for temperature in (0.1, 1.0, 10.0):
+            metrics = evaluate.Metrics(6, temperature)
+            metrics.update(logits, labels, invalid)
+            iou.append(metrics.compute()["iou"])
+        self.assertTrue(torch.equal(iou[0][:5], iou[1][:5]) and torch.equal(iou[0][:5], iou[2][:5]))
+
+    def test_consequences(self):
+        """At theta = 1/C nothing is invalid; confidence 1 everywhere gives AUIoU = mIoU; uniform logits."""
+        logits, labels, invalid = self.random()
+        metrics = evaluate.Metrics(6, thresholds=11)
+        metrics.update(logits, labels, invalid)
+        result = metrics.compute()
+        self.assertAlmostEqual(result["uiou"][0].item(), result["miou"], places=12)
+        certain = evaluate.Metrics(6)
+        certain.update(logits * 1e6, labels, invalid)
+        self.assertAlmostEqual(certain.compute()["auiou"], certain.compute()["miou"], places=12)
+        for classes in (2, 3, 7, 11, 19, 150):         # q = 1/C exactly on the first threshold: still valid
+            uniform = evaluate.Metrics(classes, thresholds=5)
+            uniform.update(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+            self.assertEqual(uniform.compute()["uiou"][0].item(), uniform.compute()["miou"])
+
+    def test_confidence_on_a_threshold_is_valid(self):
+        metrics = evaluate.Metrics(2, thresholds=3)
+        # softmax([ln 3, 0]) is not exact in floats; p = 1/2 and p = 1 are.
+        logits = torch.tensor([[200.0, 0.0], [0.0, 0.0]]).T.view(1, 2, 1, 2)
+        metrics.update(logits, torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]]))
+        self.assertEqual(metrics.compute()["uiou"].tolist(), [1.0, 0.5, 0.5])
+
+    def test_empty_and_one_class(self):
+        metrics = evaluate.Metrics(3)
+        metrics.update(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 255), torch.ones(1, 4, 4))
+        self.assertTrue(math.isnan(metrics.compute()["miou"]))
+        self.assertEqual(metrics.compute()["pixels"], 0)
+        logits = torch.zeros(1, 3, 4, 4)
+        logits[:, 2] = 50
+        metrics.update(logits, torch.full((1, 4, 4), 2))
+        self.assertEqual((metrics.compute()["miou"], metrics.compute()["classes"]), (1.0, 1))
+
+    def test_any_split_gives_the_same(self):
+        logits, labels, invalid = self.random(images=6)
+        whole = evaluate.Metrics(6, 0.7)
+        whole.update(logits, labels, invalid)
+        for parts in ([1] * 6, [2, 4], [5, 1], [3, 3]):
+            pieces, start = [], 0
+            for size in parts:
+                piece = evaluate.Metrics(6, 0.7)
+                piece.update(*(t[start:start + size] for t in (logits, labels, invalid)))
+                pieces.append(piece)
+                start += size
+            for piece in reversed(pieces[:-1]):
+                pieces[-1].merge(piece)
+            for name, count in whole.counts.items():
+                self.assertTrue(torch.equal(count, pieces[-1].counts[name]), name)
+
+    def test_bad_arguments(self):
+        with self.assertRaises(ValueError):
+            evaluate.Metrics(3, temperature=0)
+        with self.assertRaises(ValueError):
+            evaluate.Metrics(3, thresholds=1)
+
+
+# --- data.py ------------------------------------------------------------------------------------
+
+def put(path, values, **how):
+    """Write an array as an image file, folders included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = values if isinstance(values, Image.Image) else Image.fromarray(values)
+    image.save(path, **how)
+    return path
+
+
+def picture(seed=0, width=24, height=16):
+    """Random RGB array (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pattern(values, width=24, height=16):
+    """(H, W) uint8 in which every one of `values` occurs."""
+    return np.resize(np.array(values, np.uint8), (height, width))
+
+
+class Fixtures:
+    """Tiny trees in the official layouts, traps included (datasets.md, section 14).
+
+    Each method writes one set below `root` and returns [(split, image stem, {label value: train id})],
+    with train ids taken from the sets' documentation, not from our tables.
+    """
+
+    @staticmethod
+    def cityscapes(root):
+        ids = {0: 255, 1: 255, 2: 255, 3: 255, 7: 0, 8: 1, 11: 2, 14: 255, 23: 10, 26: 13, 29: 255, 33: 18}
+        base, expected = root / "cityscapes", []
+        for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "lindau")):
+            stem = f"{city}_000001_000019"
+            put(base / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", picture(len(expected)))
+            put(base / f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png", pattern(list(ids)))
+            put(base / f"gtFine/{split}/{city}/{stem}_gtFine_color.png", picture(1))
+            put(base / f"gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png", pattern([0]))
+            expected.append((split, f"{stem}_leftImg8bit", ids))
+        put(base / "leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png", picture(2))
+        put(base / "gtFine/test/berlin/berlin_000000_000019_gtFine_labelIds.png", pattern([3]))     # a dummy
+        expected.append(("test", "berlin_000000_000019_leftImg8bit", None))
+        return expected
+
+    @staticmethod
+    def cityscapes_coarse(root):
+        base, ids = root / "cityscapes", {0: 255, 7: 0, 26: 13}
+        for stem in ("troisdorf_000000_000073", "troisdorf_000000_000074"):
+            put(base / f"leftImg8bit/train_extra/troisdorf/{stem}_leftImg8bit.png", picture())
+            put(base / f"gtCoarse/train_extra/troisdorf/{stem}_gtCoarse_labelIds.png", pattern(list(ids)))
+        return [("train", "troisdorf_000000_000074_leftImg8bit", ids)]
+
+    @staticmethod
+    def vistas(root, version="v1.2/"):
+        ids = {0: 255, 2: 1, 4: 4, 13: 0, 27: 10, 41: 255, 55: 13, 64: 255, 65: 255}
+        expected = []
+        for folder, split, stem, size in (("training", "train", "-AAAAAAAAAAAAAAAAAAAAA", (24, 16)),
+                                          ("validation", "val", "zBBBBBBBBBBBBBBBBBBBBB", (16, 24))):
+            put(root / f"vistas/{folder}/images/{stem}.jpg", picture(0, *size))
+            label = Image.fromarray(pattern(list(ids), *size), "P")
+            label.putpalette([(7 * i) % 256 for i in range(768)])
+            put(root / f"vistas/{folder}/{version}labels/{stem}.png", label)
+            if version:
+                put(root / f"vistas/{folder}/v2.0/labels/{stem}.png", pattern([123], *size))
+            expected.append((split, stem, ids))
+        return expected
+
+    @staticmethod
+    def vistas_old(root):
+        return Fixtures.vistas(root, "")
+
+    @staticmethod
+    def bdd100k(root):
+        ids = {0: 0, 5: 5, 18: 18, 255: 255}
+        for name in ("aaa", "shared"):
+            put(root / f"bdd100k/images/10k/train/{name}.jpg", picture())
+            put(root / f"bdd100k/labels/sem_seg/masks/train/{name}.png", pattern(list(ids)))
+        for split, name in (("train", "shared"), ("train", "only100k"), ("val", "other")):
+            put(root / f"bdd100k/images/100k/{split}/{name}.jpg", picture(1))
+        return [("train", "aaa", ids), ("train", "shared", ids)]
+
+    @staticmethod
+    def bdd100k_old(root):
+        ids = {0: 0, 9: 9, 255: 255}
+        put(root / "bdd100k/seg/images/val/bbb.jpg", picture())
+        put(root / "bdd100k/seg/labels/val/bbb_train_id.png", pattern(list(ids)))
+        return [("val", "bbb", ids)]
+
+    @staticmethod
+    def wilddash_beta(root):
+        ids = {0: 255, 7: 0, 24: 11, 34: 14, 35: 13, 36: 255, 37: 255, 38: 0}
+        put(root / "wilddash/images/at0001_100000.jpg", picture())
+        put(root / "wilddash/labels/at0001_100000.png", pattern(list(ids)))
+        return [("train", "at0001_100000", ids)]
+
+    @staticmethod
+    def wilddash_final(root):
+        put(root / "wilddash/images/at0002_100000.jpg", picture())
+        segment = np.zeros((16, 24), np.int64)
+        segment[:4], segment[4:8], segment[8:12] = 300, 70_000, 5          # ids above 255 and above 65535
+        put(root / "wilddash/panoptic/at0002_100000.png",
+            np.stack([segment % 256, segment // 256 % 256, segment // 65536], 2).astype(np.uint8))
+        (root / "wilddash/panoptic.json").write_text(json.dumps({"annotations": [{
+            "file_name": "at0002_100000.png", "segments_info": [
+                {"id": 300, "category_id": 7}, {"id": 70_000, "category_id": 26}, {"id": 5, "category_id": 45}]}]}))
+        return [("train", "at0002_100000", np.select([segment == 300, segment == 70_000, segment == 5], [0, 13, 5], 255))]
+
+    @staticmethod
+    def acdc(root, images="rgb_anon", labels="gt"):
+        ids, expected = {0: 0, 10: 10, 18: 18, 255: 255}, []
+        for condition, split in itertools.product(("fog", "night", "rain", "snow"), ("train", "val", "test")):
+            stem, sequence = "GOPR0475_frame_000041", f"{condition}/{split}/GOPR0475/"
+            put(root / f"acdc/{images}/{sequence}{stem}_rgb_anon.png", picture(len(expected)))
+            put(root / f"acdc/{images}/{condition}/{split}_ref/GOPR0475/{stem}_rgb_ref_anon.png", picture(3))
+            if split != "test":
+                put(root / f"acdc/{labels}/{sequence}{stem}_gt_labelTrainIds.png", pattern(list(ids)))
+                put(root / f"acdc/{labels}/{sequence}{stem}_gt_invIds.png", pattern([0, 1, 1]))
+                put(root / f"acdc/{labels}/{sequence}{stem}_gt_labelIds.png", pattern([33]))
+            expected.append((split, f"{stem}_rgb_anon", ids if split != "test" else None))
+        return expected
+
+    @staticmethod
+    def acdc_other(root):
+        return Fixtures.acdc(root, "rgb_anon_trainvaltest/rgb_anon", "gt_trainval/gt")
+
+    @staticmethod
+    def camvid(root):
+        ids = {0: 0, 3: 3, 10: 10, 11: 255}
+        for split, stem, kind in (("train", "0001TP_006690", "jpg"), ("train", "0016E5_00390", "png"),
+                                  ("val", "0016E5_07959", "png")):
+            put(root / f"camvid/{split}/{stem}.{kind}", picture(len(stem) + ord(split[0])))
+            put(root / f"camvid/{split}annot/{stem}.png", pattern(list(ids)))
+        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids), ("val", "0016E5_07959", ids)]
+
+    @staticmethod
+    def camvid_19(root):
+        Fixtures.camvid(root)
+        ids = {0: 10, 3: 0, 10: 12, 11: 255}
+        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids), ("val", "0016E5_07959", ids)]
+
+    @staticmethod
+    def ade20k(root):
+        base, ids = root / "ADEChallengeData2016", {0: 255, 1: 0, 150: 149}
+        put(base / "images/training/ADE_train_00000001.jpg", Image.fromarray(picture()[..., 0], "L"))    # grey
+        put(base / "annotations/training/ADE_train_00000001.png", pattern(list(ids)))
+        return [("train", "ADE_train_00000001", ids)]
+
+    @staticmethod
+    def custom(root, classes=3, size=(24, 16), images=1):
+        ids = {**{i: i for i in range(classes)}, 255: 255}
+        for split, i in itertools.product(("train", "val"), range(images)):
+            put(root / f"custom/images/{split}/frame{i} of mine.png", picture(i + 100 * (split == "val"), *size))
+            put(root / f"custom/labels/{split}/frame{i} of mine.png", pattern(list(ids), *size))
+        (root / "custom/classes.txt").write_text("".join(f"kind {i}\n" for i in range(classes)))
+        return [(split, "frame0 of mine", ids) for split in ("train", "val")]
+
+    @staticmethod
+    def dark_zurich(root):
+        base, ids = root / "dark_zurich", {0: 0, 255: 255}
+        for time_of_day in ("day", "night", "twilight"):
+            put(base / f"rgb_anon/train/{time_of_day}/GOPR0345/GOPR0345_frame_000001_rgb_anon.png", picture())
+        put(base / "rgb_anon/val/night/GOPR0356/GOPR0356_frame_000321_rgb_anon.png", picture())
+        put(base / "rgb_anon/val_ref/day/GOPR0356_ref/GOPR0356_frame_000321_ref_rgb_anon.png", picture())
+        put(base / "gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_labelTrainIds.png", pattern(list(ids)))
+        put(base / "gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_invIds.png", pattern([0, 1]))
+        return [("train", "GOPR0345_frame_000001_rgb_anon", None)] * 3 + [("val", "GOPR0356_frame_000321_rgb_anon", ids)]
+
+    @staticmethod
+    def nightcity(root):
+        ids = {7: 0, 23: 10, 34: 255}
+        put(root / "nightcity/NightCity-images/images/train/Chicago_0001.png", picture())
+        put(root / "nightcity/NightCity-label/label/train/Chicago_0001_labelIds.png", pattern(list(ids)))
+        return [("train", "Chicago_0001", ids)]
+
+    @staticmethod
+    def pools(root):
+        put(root / "cadc/cadcd/2018_03_06/0001/labeled/image_00/data/0000000000.png", picture())
+        put(root / "cadc/cadcd/2018_03_06/0001/labeled/image_03/data/0000000000.png", picture())
+        for i in range(61):
+            put(root / f"nightowls/nightowls_training/58c5810c{i:04d}.png", picture())
+        put(root / "stf/cam_stereo_left_lut/2018-02-03_20-48-35_00400.png", picture())
+        return []
+
+
+class DataTest(Temporary):
+    def test_every_set_is_read_back(self):
+        """Every layout, pixel by pixel, through the documented values; the traps must not be walked into."""
+        fixtures = [name for name in vars(Fixtures) if not name.startswith("_") and name != "pools"]
+        for fixture in fixtures:
+            root = self.folder / fixture
+            name = next(n for n in sorted(data.DATASETS, key=len, reverse=True) if fixture.startswith(n))
+            expected = getattr(Fixtures, fixture)(root)
+            found = [(split, sample) for split in ("train", "val", "test")
+                     for sample in data.find_samples(root, name, split)]
+            self.assertEqual(sorted((split, Path(sample.image).stem) for split, sample in found),
+                             sorted((split, stem) for split, stem, _ in expected), fixture)
+            classes = len(data.classes_of(root, name))
+            wanted = {(split, stem): ids for split, stem, ids in expected}
+            for split, sample in found:
+                image, ids, invalid = data.read_sample(sample, classes)
+                mapping = wanted[split, Path(sample.image).stem]
+                with Image.open(sample.image) as raw:
+                    np.testing.assert_array_equal(image, np.asarray(raw.convert("RGB")).transpose(2, 0, 1))
+                if mapping is None:
+                    self.assertIsNone(ids)
+                elif isinstance(mapping, np.ndarray):
+                    np.testing.assert_array_equal(ids, mapping)
+                else:
+                    with Image.open(sample.label) as raw:
+                        values = np.asarray(raw)
+                    self.assertEqual(set(values.flat), set(mapping))
+                    np.testing.assert_array_equal(ids, np.vectorize(mapping.get)(values), fixture)
+                if invalid is not None:
+                    np.testing.assert_array_equal(invalid, pattern([0, 1, 1] if name == "acdc" else [0, 1]) == 1)
+
+    def test_pools(self):
+        Fixtures.pools(self.folder)
+        Fixtures.bdd100k(self.folder)
+        counts = {name: len(data.find_samples(self.folder, name, "train"))
+                  for name in ("cadc", "cadc_all", "nightowls", "stf", "bdd100k_100k")}
+        self.assertEqual(counts, {"cadc": 1, "cadc_all": 2, "nightowls": 3, "stf": 1, "bdd100k_100k": 1})
+        only, = data.find_samples(self.folder, "bdd100k_100k", "train")
+        self.assertEqual(Path(only.image).stem, "only100k")        # "shared" is in 10K: a leak
+
+    def test_acdc_parts(self):
+        Fixtures.acdc(self.folder)
+        samples = data.find_samples(self.folder, "acdc", "val")
+        self.assertEqual([s.condition for s in samples], ["fog", "night", "rain", "snow"])
+        for sample in samples:
+            self.assertIn(f"gt/{sample.condition}/val/GOPR0475/GOPR0475_frame_000041_gt_labelTrainIds.png", sample.label)
+            self.assertIn(f"{sample.condition}/val_ref/", sample.reference)
+            _, ids, invalid = data.read_sample(sample, 19)
+            self.assertTrue(((ids != 255) & invalid).any())         # labelled and invalid at once
+        night, = data.gather(self.folder, ("acdc:night",), "val")
+        self.assertEqual(night.condition, "night")
+
+    def test_tables(self):
+        """Total and within range; the values that the documentation names one by one."""
+        sizes = {"cityscapes": 35, "vistas": 66, "wilddash": 81, "ade20k": 151, "camvid": 12, "camvid_19": 12}
+        for name, size in sizes.items():
+            row = data.DATASETS[name]
+            self.assertEqual(len(row.table), size, name)
+            self.assertLessEqual(set(row.table), {*range(len(row.classes)), 255}, name)
+            if name not in ("vistas", "camvid_19"):        # these two do not know every class
+                self.assertEqual(set(row.table) - {255}, set(range(len(row.classes))), name)
+        self.assertEqual(len(data.VISTAS_CONSERVATIVE), 66)
+        labels = "7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split()      # of train ids 0..18
+        self.assertEqual([data.CITYSCAPES_TABLE[int(i)] for i in labels], list(range(19)))
+        self.assertEqual((len(data.CLASSES), len(data.PALETTE), len(set(data.PALETTE))), (19, 19, 19))
+        self.assertEqual(len(set(data.generated_palette(150))), 150)
+
+    def test_sequences(self):
+        Fixtures.camvid(self.folder)
+        Fixtures.cityscapes(self.folder)
+        dusk = data.gather(self.folder, ("camvid:0001TP",), "train")
+        self.assertEqual([(Path(s.image).stem, s.condition) for s in dusk], [("0001TP_006690", "dusk")])
+        self.assertEqual(len(data.gather(self.folder, ("cityscapes:bochum",), "train")), 1)
+        self.assertEqual(len(data.gather(self.folder, ("cityscapes:bochum,aachen",), "train")), 2)
+        for specs, words in ((("cityscapes:paris",), "nothing of paris"), (("nonsense",), "unknown dataset"),
+                             (("camvid", "cityscapes"), "different classes"), (("acdc",), "looked for .*rgb_anon")):
+            with self.assertRaisesRegex(ValueError, words):
+                data.gather(self.folder, specs, "train")
+        self.assertEqual(len(data.gather(self.folder, ("camvid_19", "cityscapes"), "train")), 4)
+
+    def test_bad_files(self):
+        """Each names the file and what is wrong with it."""
+        Fixtures.custom(self.folder)
+        sample, = data.gather(self.folder, ("custom",), "train", True)
+        image, label = Path(sample.image), Path(sample.label)
+        raw = image.read_bytes()
+
+        def fails(words, path):
+            with self.assertRaisesRegex(ValueError, words) as caught:
+                data.read_sample(sample, 3)
+            self.assertIn(str(path), str(caught.exception))
+            with self.assertRaises(ValueError):
+                data.augment(sample, 3, np.random.default_rng(0), 32)
+        for content in (raw[:len(raw) // 2], b"", b"no image", raw[:40]):
+            image.write_bytes(content)
+            fails("cannot be read", image)
+        put(image, Image.new("I;16", (24, 16)))
+        fails("mode I;16", image)
+        image.write_bytes(raw)
+        put(label, pattern([0, 77]))
+        fails(r"values \[77\] have no meaning in custom; expected 0..2 or 255", label)
+        put(label, pattern([0], 20, 16))
+        fails("20x16, its image .* 24x16", label)
+        put(label, picture())
+        fails("mode RGB, expected L or P", label)
+        label.unlink()
+        with self.assertRaisesRegex(ValueError, "1 of 1 images of custom train have no label"):
+            data.gather(self.folder, ("custom",), "train", True)
+        label.symlink_to(self.folder / "nowhere.png")
+        with self.assertRaises(FileNotFoundError):
+            data.read_sample(sample, 3)
+
+    def test_augment_equals_resize_then_crop(self):
+        """Against the usual order (resize everything, crop, pad, flip), to one grey level."""
+        smooth = np.asarray(Image.fromarray(picture(5, 12, 9)).resize((121, 87), Image.Resampling.BICUBIC))
+        put(self.folder / "custom/images/train/a.png", smooth)
+        put(self.folder / "custom/labels/train/a.png", pattern(range(7), 121, 87))
+        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        sample, = data.gather(self.folder, ("custom",), "train")
+        for seed in range(30):
+            crop = 64
+            image, ids = data.augment(sample, 7, np.random.default_rng(seed), crop)
+            rng = np.random.default_rng(seed)
+            zoom = rng.uniform(0.5, 2.0)
+            width, height = round(121 * zoom), round(87 * zoom)
+            left, top = rng.integers(width - min(width, crop) + 1), rng.integers(height - min(height, crop) + 1)
+            flip = rng.random() < 0.5
+            area = (left, top, left + min(width, crop), top + min(height, crop))
+            usual = np.empty((crop, crop, 3), np.uint8)
+            usual[:] = (124, 116, 104)
+            part = np.asarray(Image.fromarray(smooth).resize((width, height), Image.Resampling.BILINEAR).crop(area))
+            usual[:part.shape[0], :part.shape[1]] = part
+            usual_ids = np.full((crop, crop), 255, np.uint8)
+            label = Image.open(sample.label).resize((width, height), Image.Resampling.NEAREST).crop(area)
+            usual_ids[:part.shape[0], :part.shape[1]] = np.asarray(label)
+            if flip:
+                usual, usual_ids = usual[:, ::-1], usual_ids[:, ::-1]
+            self.assertLessEqual(np.abs(image.transpose(1, 2, 0).astype(int) - usual).max(), 1)
+            np.testing.assert_array_equal(ids, usual_ids)
+
+    def test_image_and_label_stay_aligned(self):
+        """The image shows its label's number in every channel; after augmentation it still must."""
+        blocks = np.kron(np.random.default_rng(0).integers(0, 7, (6, 8)), np.ones((20, 20))).astype(np.uint8)
+        put(self.folder / "custom/images/train/a.png", np.repeat(30 * blocks[..., None], 3, 2))
+        put(self.folder / "custom/labels/train/a.png", blocks)
+        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        sample, = data.gather(self.folder, ("custom",), "train")
+        for seed in range(20):
+            image, ids = data.augment(sample, 7, np.random.default_rng(seed), 100)
+            valid = ids != 255
+            agree = np.abs(image[0].astype(int) - 30 * ids.astype(int))[valid] <= 2
+            self.assertGreater(agree.mean(), 0.85)      # interpolation blurs the pixels along the borders
+            self.assertTrue((image[:, ~valid] == np.array([[124], [116], [104]])).all())
+
+    def test_large_jpeg_is_drafted(self):
+        """A JPEG over 1080 is decoded small, and its label still falls on it."""
+        blocks = np.kron(np.random.default_rng(1).integers(0, 7, (12, 16)), np.ones((200, 200))).astype(np.uint8)
+        put(self.folder / "custom/images/train/a.jpg", np.repeat(30 * blocks[..., None], 3, 2), quality=95)
+        put(self.folder / "custom/labels/train/a.png", blocks)
+        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        sample, = data.gather(self.folder, ("custom",), "train")
+        image, native = data.read_image(sample.image, 0.26)
+        self.assertEqual((native, image.size), ((3200, 2400), (1600, 1200)))
+        image, ids = data.augment(sample, 7, np.random.default_rng(0), 512)
+        valid = ids != 255
+        agree = np.abs(image[0].astype(int) - 30 * ids.astype(int))[valid] <= 4
+        self.assertGreater(agree.mean(), 0.95)
+
+    def test_samples_depend_on_seed_epoch_position_alone(self):
+        Fixtures.custom(self.folder, images=5, size=(90, 70))
+        samples = data.gather(self.folder, ("custom",), "train")
+        batches = {}
+        for workers in (0, 2):
+            sampler = data.StepSampler(5, 4, 2, first=1, last=5, seed=3)
+            loader = torch.utils.data.DataLoader(data.TrainSet(samples, 3, 64, (0.5, 2.0), 3),
+                                                 batch_sampler=sampler, num_workers=workers, collate_fn=data.collate)
+            batches[workers] = list(loader)
+        self.assertEqual(len(batches[0]), 4)
+        for a, b in zip(*batches.values()):
+            self.assertTrue(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]))
+        dataset = data.TrainSet(samples, 3, 64, (0.5, 2.0), 3)
+        self.assertFalse(torch.equal(dataset[0, 0, 0][0], dataset[1, 0, 0][0]))      # another epoch
+        self.assertFalse(torch.equal(dataset[0, 0, 0][0], dataset[0, 1, 0][0]))      # another position
+
+    def test_step_sampler(self):
+        whole = list(data.StepSampler(10, 4, 3, 0, 7, seed=1))
+        self.assertEqual([len(step) for step in whole], [4] * 7)
+        # Processes share each step's batch; a later start gives the later steps.
+        halves = [list(data.StepSampler(10, 4, 3, 0, 7, 1, rank, 2)) for rank in (0, 1)]
+        self.assertEqual(whole, [a + b for a, b in zip(*halves)])
+        self.assertEqual(whole[5:], list(data.StepSampler(10, 4, 3, 5, 7, seed=1)))
+        self.assertEqual([key[0] for step in whole for key in step], [0] * 12 + [1] * 12 + [2] * 4)
+        first = [key[2] for step in whole[:3] for key in step]
+        self.assertEqual(sorted(first[:10]), list(range(10)))                        # every image before any twice
+        self.assertNotEqual(first, [key[2] for step in whole[3:6] for key in step])
+
+    def test_check_command(self):
+        Fixtures.acdc(self.folder)
+        Fixtures.custom(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(data.check(self.folder), [])
+        self.assertRegex(out.getvalue(), r"acdc +val +4 +4 +4  fog 1, night 1, rain 1, snow 1; 24x16")
+        self.assertRegex(out.getvalue(), r"cityscapes +\S+leftImg8bit/\{split\}/\*/\*_leftImg8bit.png")
+        shutil.copy(self.folder / "custom/images/train/frame0 of mine.png", self.folder / "custom/images/val/copy.png")
+        put(self.folder / "custom/labels/train/lonely.png", pattern([0]))
+        put(self.folder / "custom/labels/train/frame0 of mine.png", pattern([9]))
+        with contextlib.redirect_stdout(io.StringIO()):
+            problems = "\n".join(data.check(self.folder))
+        for words in ("custom val: 1 images without label", "custom train: 1 labels without image", "same file",
+                      r"values \[9\] have no meaning"):
+            self.assertRegex(problems, words)
+
+    def test_whole_file(self):
+        path = self.folder / "a" / "file.txt"
+        with data.whole_file(path) as temporary:
+            temporary.write_text("one")
+        with self.assertRaises(KeyError), data.whole_file(path) as temporary:
+            temporary.write_text("two, cut")
+            raise KeyError
+        self.assertEqual((path.read_text(), [p.name for p in path.parent.iterdir()]), ("one", ["file.txt"]))
+
+    def test_colour(self):
+        image = data.colour(torch.tensor([[0, 18], [255, 10]]))
+        self.assertEqual([image.getpixel(xy) for xy in ((0, 0), (1, 0), (0, 1), (1, 1))],
+                         [(128, 64, 128), (119, 11, 32), (0, 0, 0), (70, 130, 180)])
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+def in_processes(function, world, folder, *args):
+    """Run function(rank, world, folder, *args) in `world` processes of one gloo group, one thread each."""
+    meeting = Path(folder) / f"meeting-{time.monotonic_ns()}"
+    torch.multiprocessing.spawn(process_entry, (function, world, str(meeting), folder, *args), nprocs=world)
+
+
+def process_entry(rank, function, world, meeting, folder, *args):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    function(rank, world, Path(folder), *args)
+    evaluate.end_processes()
+
+
+class KeepGradients:
+    """Stands in for an optimizer: keeps the gradients of a step."""
+    param_groups = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def gradients_of_a_step(rank, world, folder, per_process):
+    """One step of train.Steps on this process's share of four images with very uneven labels."""
+    model = tiny_model().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()                                  # frozen: statistics of a batch depend on its size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 96, 64), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(0, 5, (4, 12, 8), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    ids[1, 3:], ids[3] = 255, 255                          # nearly nothing, and nothing at all
+    config = train.Config(batch=4, batch_per_process=per_process)
+    device = torch.device("cpu")
+    optimizer = KeepGradients(model)
+    steps = train.Steps(model, train.wrap(model, config, device, world), optimizer,
+                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank, world, 10)
+    share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    steps(0, images[share], ids.to(torch.uint8)[share])
+    loss = steps.mean_loss(0)
+    torch.save((loss, optimizer.gradients), folder / f"gradients-{world}-{per_process}-{rank}.pt")
+
+
+def validate_after_training(rank, world, folder):
+    """Ranks with different running statistics validate together; rank 0 then alone."""
+    model = tiny_model(num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += rank                    # as after a step on other images
+    samples = data.gather(folder, ("custom",), "val", True)
+    config = train.Config(workers=0)
+    together = train.validate(model, samples, range(3), config, rank, world, torch.device("cpu"))
+    alone = evaluate.evaluate(model.eval(), samples, 3, torch.device("cpu"))
+    counts = {c: group[0].compute()["confusion"] for c, group in alone.items()} if world == 1 else None
+    torch.save(({c: r["confusion"] for c, r in together.items()},
+                {name: b for name, b in model.named_buffers()}, counts), folder / f"validation-{world}-{rank}.pt")
+
+
+def evaluate_share(rank, world, folder):
+    samples = data.gather(folder, ("custom",), "val", True)
+    results = evaluate.evaluate([tiny_model(3).eval()], samples, 3, torch.device("cpu"), (0.67, 1.0),
+                                rank=rank, world=world)
+    torch.save([[m.counts for m in group] for group in results.values()], folder / f"counts-{world}-{rank}.pt")
+
+
+def bad_loss(rank, world, folder):
+    """One rank meets a loss that is not finite; every rank must raise, and name the step."""
+    model = tiny_model()
+    config = train.Config(batch=2, batch_per_process=1)
+    device = torch.device("cpu")
+    steps = train.Steps(model, train.wrap(model, config, device, world), torch.optim.SGD(model.parameters(), 0),
+                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank, world, 10)
+    image, ids = torch.zeros(1, 3, 160, 96), torch.zeros(1, 160, 96, dtype=torch.uint8)
+    steps.optimizer.param_groups[0]["peak"] = 0.0
+    steps(3, image, ids)
+    steps.mean_loss(3)
+    steps(4, image if rank == 0 else image + math.nan, ids)
+    steps(5, image, ids)
+    try:
+        steps.mean_loss(5)
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    (folder / f"said-{rank}").write_text(said)
+
+
+class ProcessTest(Temporary):
+    def test_gradients_do_not_depend_on_processes(self):
+        for world, per_process in ((1, 4), (1, 1), (2, 2), (2, 1), (4, 1)):
+            in_processes(gradients_of_a_step, world, self.folder, per_process)
+        loss, reference = torch.load(self.folder / "gradients-1-4-0.pt", weights_only=True)
+        self.assertGreater(max(g.abs().max().item() for g in reference.values()), 0.01)
+        for path in sorted(self.folder.glob("gradients-*.pt")):
+            other_loss, gradients = torch.load(path, weights_only=True)
+            self.assertAlmostEqual(loss, other_loss, places=4, msg=path.name)
+            for name, gradient in gradients.items():
+                scale = max(1, reference[name].abs().max().item())
+                self.assertLess((gradient - reference[name]).abs().max().item() / scale, 1e-5, (path.name, name))
+
+    def test_validation_with_two_ranks_equals_one(self):
+        Fixtures.custom(self.folder, images=3, size=(80, 60))
+        for world in (1, 2):
+            in_processes(validate_after_training, world, self.folder)
+        results = [torch.load(self.folder / f"validation-{world}-{rank}.pt", weights_only=True)
+                   for world, rank in ((1, 0), (2, 0), (2, 1))]
+        for confusion, buffers, _ in results:
+            self.assertTrue(all(torch.equal(confusion[c], results[0][0][c]) for c in confusion))
+            self.assertTrue(all(torch.equal(buffers[n], results[0][1][n]) for n in buffers))
+        self.assertTrue(torch.equal(results[0][2]["all"], results[0][0]["all"]))
+        self.assertEqual(results[0][0]["all"].sum().item(), 3 * 80 * 60 * 3 // 4)     # every image once
+
+    def test_evaluation_is_the_same_for_any_number_of_processes(self):
+        Fixtures.custom(self.folder, images=4, size=(80, 60))
+        for world in (1, 2, 3):
+            in_processes(evaluate_share, world, self.folder)
+        reference = torch.load(self.folder / "counts-1-0.pt", weights_only=True)
+        for path in self.folder.glob("counts-*.pt"):
+            for group, other in zip(reference, torch.load(path, weights_only=True)):
+                for a, b in zip(group, other):
+                    self.assertTrue(all(torch.equal(a[name], b[name]) for name in a), path.name)
+
+    def test_loss_that_is_not_finite_stops_all_ranks(self):
+        in_processes(bad_loss, 2, self.folder)
+        for rank in (0, 1):
+            self.assertRegex((self.folder / f"said-{rank}").read_text(), "loss of step 4 is not finite")
+
+
+# --- train.py -----------------------------------------------------------------------------------
+
+def environment():
+    """One thread per process, and no GPU, so that numbers can be compared bit for bit."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
+
+
+def command(script, *arguments, processes=1):
+    start = [sys.executable] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, str(HERE / script), *map(str, arguments)]
+
+
+def kill_tree(pid):
+    """SIGKILL a process and all its descendants at once (torchrun's workers have sessions of their own)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+
+
+class ResumeTest(Temporary):
+    """A run killed in the middle of an epoch and continued ends in the very bits of an undisturbed one."""
+
+    def arguments(self, out):
+        return ("--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom", "--crop", 160,
+                "--batch", 4, "--batch-per-process", 1, "--steps", 14, "--save-every", 3, "--log-every", 1, "--val-every", 2,
+                "--drop-path", 0.3, "--workers", 1, "--width", 16, "--out", out)
+
+    def kill_and_resume(self, processes):
+        Fixtures.custom(self.folder, images=16, size=(80, 60))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
+        calm, killed = self.folder / "calm", self.folder / "killed"
+        subprocess.run(command("train.py", *self.arguments(calm), processes=processes), check=True, **quiet)
+        process = subprocess.Popen(command("train.py", *self.arguments(killed), processes=processes),
+                                   **quiet)
+        deadline = time.monotonic() + 120
+        while max((r.get("step", 0) for r in self.log(killed)), default=0) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill_tree(process.pid)
+        process.wait()
+        stopped = max(r.get("step", 0) for r in self.log(killed))
+        self.assertIn(stopped, range(5, 14))                            # 4 steps are an epoch: killed inside one
+        subprocess.run(command("train.py", *self.arguments(killed), processes=processes), check=True, **quiet)
+        a, b = (torch.load(run / "last.pt", weights_only=True) for run in (calm, killed))
+        self.assertEqual(a["step"], 14)
+        self.assert_same(a["model"], b["model"])
+        self.assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
+        self.assertEqual((a["best"], a["untrained"]), (b["best"], b["untrained"]))
+        self.assertIn("restart", " ".join(" ".join(r) for r in self.log(killed)))
+        self.assertEqual(self.steps(calm), self.steps(killed))          # no step twice, none missing
+
+    def log(self, run):
+        path = run / "log.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def steps(self, run):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in self.log(run) if "step" in r]
+
+    def assert_same(self, a, b):
+        if isinstance(a, dict):
+            self.assertEqual(a.keys(), b.keys())
+            for key in a:
+                self.assert_same(a[key], b[key])
+        elif isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b))
+        else:
+            self.assertEqual(a, b)
+
+    def test_one_process(self):
+        self.kill_and_resume(1)
+
+    def test_two_processes(self):
+        self.kill_and_resume(2)
+
+
+class TrainTest(Temporary):
+    def test_schedule(self):
+        rates = [train.learning_rate(step, 4e-4, 10, 110) for step in range(111)]
+        self.assertAlmostEqual(rates[0], 4e-5)
+        self.assertAlmostEqual(rates[9], 4e-4)
+        self.assertAlmostEqual(rates[10], 4e-4)
+        self.assertAlmostEqual(rates[60], (4e-4 + 1e-7) / 2)
+        self.assertAlmostEqual(rates[110], 1e-7, places=12)
+        self.assertAlmostEqual(train.learning_rate(0, 4e-4, 0, 10), 4e-4)
+
+    def test_the_recipe_of_the_deck(self):
+        """NOTE: the deck's and the lineage's numbers, typed from them."""
+        with contextlib.chdir(self.folder):
+            Path("data").mkdir()
+            config = train.settle({})
+        self.assertEqual((config.crop, config.zoom, config.batch, config.batch_per_process, config.epochs),
+                         (1024, (0.5, 2.0), 24, 3, 50))
+        self.assertEqual((config.lr, config.backbone_lr, config.weight_decay, train.ADAM_EPS, train.LR_END),
+                         (4e-4, 1e-4, 1e-4, 1e-7, 1e-7))
+        self.assertEqual((config.backbone, config.pretrained, config.bn_momentum, config.layer_scale),
+                         ("convnext_large", "in22k_1k_384", 0.01, 1e-6))
+        self.assertEqual((losses.BINS, losses.ALPHAS, losses.GAMMA), ((4, 16, 64, 128), (8, 6, 4, 2, 1), 0.5))
+
+    def test_optimizer_groups(self):
+        model = tiny_model()
+        optimizer = train.make_optimizer(model, train.Config(), torch.device("cpu"))
+        new, backbone = optimizer.param_groups
+        self.assertEqual((new["peak"], backbone["peak"]), (4e-4, 1e-4))
+        self.assertEqual({id(p) for p in backbone["params"]}, {id(p) for p in model.backbone.parameters()})
+        self.assertEqual(len(new["params"]) + len(backbone["params"]), len(list(model.parameters())))
+
+    def test_run_folders(self):
+        def config(**changes):
+            return train.Config(**{"data": "d", "train": ("x",), "val": ("x",), **changes})
+
+        def write(folder, step, settings):
+            Path(folder).mkdir(parents=True)
+            torch.save({"step": step, "total": 9, "config": vars(settings)}, Path(folder) / "last.pt")
+        with contextlib.chdir(self.folder):
+            self.assertEqual(train.choose_run(config()), (Path("runs/driving"), None))
+            write("runs/driving", 4, config())
+            folder, state = train.choose_run(config(workers=3))                # free to change
+            self.assertEqual((folder, state["step"]), (Path("runs/driving"), 4))
+            with self.assertRaisesRegex(ValueError, "--lr 0.0004 there, 0.1 here"):
+                train.choose_run(config(lr=0.1))
+            (Path("runs/driving") / "last.pt").unlink()
+            Path("runs/driving").rmdir()
+            write("runs/driving", 9, config())                                 # finished: next number
+            self.assertEqual(train.choose_run(config(lr=0.1)), (Path("runs/driving-2"), None))
+            write("runs/driving-2", 1, config(lr=0.1))
+            self.assertEqual(train.choose_run(config(lr=0.1))[0], Path("runs/driving-2"))
+            resumed = train.settle({"resume": "runs/driving-2/last.pt"})
+            self.assertEqual((resumed.lr, resumed.data), (0.1, "d"))
+            self.assertEqual(train.choose_run(resumed)[1]["step"], 1)
+            with self.assertRaisesRegex(ValueError, "finished"):
+                train.choose_run(train.settle({"resume": "runs/driving"}))
+            with self.assertRaises(FileNotFoundError):
+                train.settle({"resume": "runs/nowhere"})
+
+    def test_log_is_cut_at_the_checkpoint(self):
+        path = self.folder / "log.jsonl"
+        path.write_text('{"config": 1}\n{"step": 3}\n{"step": 6}\n{"step": 7}\n{"st')
+        train.Log(self.folder, 0, {"world": 2}, {"step": 6}).write(step=7, loss=1.0)
+        self.assertEqual([json.loads(line) for line in path.read_text().splitlines()],
+                         [{"config": 1}, {"step": 3}, {"step": 6}, {"restart": 6, "world": 2}, {"step": 7, "loss": 1.0}])
+
+    def test_init_takes_weights_and_says_when_the_head_is_new(self):
+        torch.save({"model": tiny_model(7, seed=1).state_dict()}, self.folder / "other.pt")
+        model = tiny_model(5, seed=2)
+        head = model.head[2].weight.clone()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            train.take_weights(model, self.folder / "other.pt")
+        self.assertRegex(out.getvalue(), "7 classes there, 5 here: new head")
+        self.assertTrue(torch.equal(model.head[2].weight, head))
+        self.assertTrue(torch.equal(model.ladder[0][2].weight, tiny_model(7, seed=1).ladder[0][2].weight))
+        torch.save({"model": tiny_model(5, levels=1).state_dict()}, self.folder / "other.pt")
+        with self.assertRaisesRegex(ValueError, "does not fit"):
+            train.take_weights(model, self.folder / "other.pt")
+
+    def test_speed_options_change_nothing(self):
+        """Recomputed blocks and torch's other memory layout give the plain network's gradients."""
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        grads = []
+        for option in ("plain", "checkpoint", "contiguous"):
+            model = tiny_model().train()
+            model.backbone.checkpoint_blocks = option == "checkpoint"
+            if option == "contiguous":
+                model = model.to(memory_format=torch.contiguous_format)
+            model(images).square().mean().backward()
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            statistics = model.lateral[0][0][0].num_batches_tracked.item()
+            self.assertEqual(statistics, 1)                    # no statistics are updated twice
+        for other in grads[1:]:
+            torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-5)
+
+
+# --- mistakes of users --------------------------------------------------------------------------
+
+class MistakeTest(Temporary):
+    """One line that says what was found and what to do, exit status 2, nothing written is touched."""
+
+    def fails(self, script, arguments, words):
+        before = self.contents()
+        out, err = io.StringIO(), io.StringIO()
+        name = Path(script.__file__).name
+        with contextlib.chdir(self.folder), mock.patch.object(sys, "argv", [name, *map(str, arguments)]), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                self.assertRaises(SystemExit) as stop:
+            data.run_main(script.main)
+        message = err.getvalue()
+        self.assertEqual(stop.exception.code, 2, message)
+        self.assertEqual(message.count("\n"), 1, message)
+        self.assertTrue(message.startswith(f"{name}: "), message)
+        self.assertRegex(message, words)
+        self.assertEqual(self.contents(), before)
+
+    def contents(self):
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(self.folder.rglob("*"))
+                if path.is_file()}
+
+    def setUp(self):
+        super().setUp()
+        Fixtures.custom(self.folder / "data", images=4, size=(80, 60))
+        self.scratch = ("--recipe", "camvid", "--train", "custom", "--val", "custom", "--crop", 160, "--batch", 2,
+                        "--steps", 1, "--width", 16)
+
+    def test_flags(self):
+        for script, arguments, words in (
+                (train, ["--recipe", "nonsense"], "invalid choice: 'nonsense'.*--help"),
+                (train, ["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+                (train, ["--lr", "fast"], "invalid float value: 'fast'"),
+                (train, ["--batch", 0], "--batch must be at least 1, found 0"),
+                (train, ["--steps", -1], "--steps must not be negative"),
+                (train, ["--zoom", 2], "--zoom takes two numbers"),
+                (train, ["--zoom", 2, 1], "--zoom takes two numbers"),
+                (train, ["--crop", 128], "not above the coarsest stride, 128"),
+                (train, ["--demo", "--recipe", "camvid"], "exclude each other"),
+                (train, ["--drop-path", 1], "0 <= --drop-path < 1"),
+                (train, ["--resume", "runs/nowhere"], "there is no runs/nowhere/last.pt"),
+                (train, ["--compil"], "unrecognized arguments"),
+                (evaluate, ["--temperature", 0], "above 0"),
+                (evaluate, ["--temperature", "warm"], "invalid float value"),
+                (evaluate, ["--precision", "fp8"], "invalid choice: 'fp8'"),
+                (evaluate, [], "no checkpoint: nothing matches runs/.*train.py"),
+                (data, ["--data", "elsewhere"], "elsewhere: no such folder")):
+            self.fails(script, arguments, words)
+
+    def test_data(self):
+        (self.folder / "empty").mkdir()
+        for arguments, words in (
+                (["--data", "elsewhere"], "--data elsewhere: no such folder"),
+                (["--data", "empty"], "empty holds none of cityscapes, vistas"),
+                ([], "data holds none of cityscapes"),
+                (["--train", "custom"], "neither acdc nor cityscapes"),
+                (["--train", "cityscapes", "--val", "custom"], "no train images of cityscapes: looked for data/cityscapes"),
+                (["--train", "mars", "--val", "custom"], "unknown dataset 'mars'; known: cityscapes"),
+                ([*self.scratch, "--init", "nowhere.pt"], "cannot open the weights nowhere.pt"),
+                ([*self.scratch, "--pretrained", "in22k"], "convnext_atto was never published as 'in22k'")):
+            self.fails(train, arguments, words)
+
+    def test_files(self):
+        image = self.folder / "data/custom/images/train/frame1 of mine.png"
+        label = self.folder / "data/custom/labels/train/frame1 of mine.png"
+        good_image, good_label = image.read_bytes(), label.read_bytes()
+        arguments = [*self.scratch, "--batch", 4, "--out", self.folder / "out"]
+        for path, content, words in ((image, good_image[:200], "frame1 of mine.png cannot be read: .*replace or remove"),
+                                     (label, pattern([77], 80, 60), r"label values \[77\] have no meaning in custom"),
+                                     (label, pattern([0], 79, 60), "79x60, its image .* 80x60"),
+                                     (label, None, "1 of 4 images of custom train have no label")):
+            if content is None:
+                path.unlink()
+            elif isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                put(path, content)
+            with mock.patch.object(train, "Log"):                  # the log may be begun before a file is met
+                self.fails(train, arguments, words)
+            image.write_bytes(good_image)
+            label.write_bytes(good_label)
+
+    def test_checkpoints(self):
+        def save(path, **changes):
+            model = swiftnet.build("convnext_atto", num_classes=5, width=16)
+            torch.save({"model": model.state_dict(), "step": 1, "total": 1, "classes": tuple("abcde"),
+                        "architecture": {"backbone": "convnext_atto", "num_classes": 5, "width": 16},
+                        "config": {"data": "data", "val": ("custom",)}, **changes}, self.folder / path)
+        save("five.pt")
+        save("broken.pt", architecture={"backbone": "convnext_tiny", "num_classes": 5, "width": 16})
+        save("strange.pt", architecture={"no_such": 1})
+        torch.save({"model": {}}, self.folder / "other.pt")
+        (self.folder / "text.pt").write_text("not a checkpoint at all")
+        (self.folder / "cut.pt").write_bytes((self.folder / "five.pt").read_bytes()[:1000])
+        for path, words in (("five.pt", r"five.pt knows 5 classes \(a, ...\), which are not those of custom"),
+                            ("broken.pt", "does not fit its own architecture"),
+                            ("strange.pt", "does not fit its own architecture"),
+                            ("other.pt", "no checkpoint of train.py"), ("text.pt", "no torch file"),
+                            ("cut.pt", "no torch file"), ("nowhere.pt", "cannot open the weights nowhere.pt")):
+            self.fails(evaluate, ["--checkpoint", path], words)
+        save("runs-other.pt", classes=("kind 0", "kind 1", "kind 2"))
+        self.fails(evaluate, ["--checkpoint", "five.pt", "runs-other.pt"], "an ensemble needs the same")
+
+    def test_more_processes_than_the_batch_divides_into(self):
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "3"}), \
+                mock.patch.object(train, "start_processes", return_value=(0, 3, torch.device("cpu"))):
+            self.fails(train, [*self.scratch], "--batch 2 does not divide by 3 processes")
+
+    def test_more_processes_than_gpus(self):
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "8"}), \
+                mock.patch("torch.cuda.is_available", return_value=True), \
+                mock.patch("torch.cuda.device_count", return_value=2):
+            self.fails(train, [*self.scratch], "8 processes for 2 GPUs; start with --nproc_per_node=2")
+
+
+# --- the scripts as their users run them --------------------------------------------------------
+
+class ReadmeTest(Temporary):
+    """The README's commands, run as printed, on few steps and a small demo."""
+
+    def test_commands(self):
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, self.folder)
+        data.draw_demo(self.folder / "demo", scale=0.05)
+        environ = {**environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+        lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+        tried = []
+        for line in lines:
+            line = line.removeprefix("pip install -r requirements.txt && ")
+            if "test_all.py" in line:
+                continue
+            if "--data data" in line or "camvid" in line:          # not before: the first commands need no data/
+                Fixtures.camvid(self.folder / "data")
+            if " train.py" in line:
+                line += " --steps 2 --batch 4 --log-every 1"
+            result = subprocess.run(line.split(), cwd=self.folder, env=environ, capture_output=True, text=True)
+            self.assertEqual(result.returncode, 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+            tried.append(line)
+        joined = "\n".join(tried)
+        for script in ("train.py --demo", "train.py --recipe camvid", "evaluate.py --temperature 0.67", "data.py", "swiftnet.py"):
+            self.assertIn(script, joined)
+
+    def test_example(self):
+        """The five-line Python example: a checkpoint, an image file, a picture of the prediction."""
+        code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+        model = swiftnet.build("convnext_atto", width=16)
+        (self.folder / "runs/demo").mkdir(parents=True)
+        torch.save({"model": model.state_dict(), "classes": data.CLASSES, "architecture":
+                    {"backbone": "convnext_atto", "width": 16}}, self.folder / "runs/demo/best.pt")
+        put(self.folder / "street.png", picture(0, 200, 100))
+        subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=environment(), check=True)
+        with Image.open(self.folder / "prediction.png") as image:
+            self.assertEqual(image.size, (200, 100))
+
+    def test_help(self):
+        for script in ("train.py", "evaluate.py", "data.py"):
+            result = subprocess.run(command(script, "--help"), env=environment(), capture_output=True, text=True)
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            self.assertIn("usage:", result.stdout)
+
+
+class DemoTest(Temporary):
+    def test_layouts_and_determinism(self):
+        data.draw_demo(self.folder / "a", scale=0.05)
+        data.draw_demo(self.folder / "b", scale=0.05)
+        files = sorted(path.relative_to(self.folder / "a") for path in (self.folder / "a").rglob("*.png"))
+        self.assertGreater(len(files), 50)
+        for path in files:
+            self.assertEqual((self.folder / "a" / path).read_bytes(), (self.folder / "b" / path).read_bytes(), path)
+        root = self.folder / "a"
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(data.check(root, all_files=True), [])
+        clear = data.gather(root, ("cityscapes",), "train", True)
+        adverse = data.gather(root, ("acdc",), "val", True)
+        self.assertEqual({s.condition for s in clear + adverse}, {"clear", "fog", "night", "rain", "snow"})
+        self.assertTrue(data.gather(root, ("dark_zurich",), "train", False))
+        seen, invalid_share, both = set(), [], 0
+        for sample in clear + adverse:
+            _, ids, invalid = data.read_sample(sample, 19)
+            seen |= set(np.unique(ids).tolist())
+            if invalid is not None:
+                invalid_share.append(invalid.mean())
+                both += (invalid & (ids != 255)).sum()
+        self.assertEqual(seen, {*range(19), 255})
+        self.assertTrue(0.005 < np.mean(invalid_share) < 0.25, invalid_share)
+        self.assertGreater(both, 0)
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+class GpuTest(Temporary):
+    def test_half_precision_follows_float32(self):
+        device = torch.device("cuda")
+        model = tiny_model().to(device).eval()
+        images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            reference = model(images)
+            for dtype, tolerance in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+                with evaluate.autocast(device, dtype):
+                    half = model(images).float()
+                self.assertLess((half - reference).abs().max() / reference.abs().max(), tolerance)
+
+    def test_distances_and_metrics_equal_the_cpu(self):
+        labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)
+        self.assertTrue(torch.equal(losses.boundary_distance(labels.cuda()).cpu(), losses.boundary_distance(labels)))
+        self.assertTrue(torch.equal(losses.boundary_weights(labels.cuda()).cpu(), losses.boundary_weights(labels)))
+        logits = torch.randn(2, 4, 200, 300)
+        ours, theirs = evaluate.Metrics(4), evaluate.Metrics(4, device="cuda")
+        ours.update(logits, labels)
+        theirs.update(logits.cuda(), labels.cuda())
+        self.assertTrue(torch.equal(ours.counts["confusion"], theirs.counts["confusion"].cpu()))
+        self.assertAlmostEqual(ours.compute()["auiou"], theirs.compute()["auiou"], places=4)
+
+
+@unittest.skipUnless("--slow" in sys.argv, "long: run with --slow")
+class SlowTest(Temporary):
+    """The promises of the demo, on the whole of it: about 20 minutes on two cores."""
+
+    def run_demo(self, *arguments):
+        result = subprocess.run(command("train.py", "--demo", *arguments, processes=2), cwd=self.folder,
+                                env=environment(), capture_output=True, text=True, check=True)
+        table = re.findall(r"^(\w+) +\d+ +\d+ +([\d.]+) .* ([+-][\d.]+)$", result.stdout, re.M)
+        return {name: (float(miou), float(gain)) for name, miou, gain in table}
+
+    def test_demo(self):
+        both = self.run_demo()
+        self.assertEqual(set(both), {"all", "clear", "fog", "night", "rain", "snow"})
+        for condition, (_, gain) in both.items():
+            self.assertGreaterEqual(gain, 30, condition)
+        clear_only = self.run_demo("--train", "cityscapes", "--out", "runs/clear")
+        for condition in ("night", "fog"):
+            self.assertGreaterEqual(clear_only["clear"][0] - clear_only[condition][0], 10, condition)
+
+
+class Result(unittest.TextTestResult):
+    """Counts what passed, subtests aside."""
+    passed = 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+
+def main():
+    arguments = [argument for argument in sys.argv[1:] if argument != "--slow"]
+    torch.set_num_threads(min(2, os.cpu_count()))
+    loader, module = unittest.TestLoader(), sys.modules[__name__]
+    suite = loader.loadTestsFromNames(arguments, module) if arguments else loader.loadTestsFromModule(module)
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(suite)
+    failed = len(result.failures) + len(result.errors)
+    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

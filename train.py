@@ -1,0 +1,504 @@
+"""Train SwiftNet-ConvNeXt.
+
+    torchrun --nproc_per_node=8 train.py                           the deck's recipe on the sets in data/
+    torchrun --nproc_per_node=2 train.py --demo                    generated streets, minutes on two CPU cores
+    torchrun --nproc_per_node=2 train.py --recipe camvid           CamVid from scratch
+    python train.py --batch-per-process 1 --checkpoint-blocks      one GPU, the same global batch
+
+A run writes runs/<recipe>/{last.pt,best.pt,log.jsonl}. The same command continues an unfinished run.
+"the deck": Grcic, "Large-scale semantic segmentation through multi-resolution processing and selective
+pseudolabeling", Vision for All Seasons, CVPR 2022.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from convnext import SIZES, load_pretrained, read_tensors
+from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, classes_of, clock, collate,
+                  draw_demo, flag, gather, is_first, parse_flags, parse_spec, run_main, say, whole_file)
+from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type, start_processes,
+                      summary_table)
+from losses import boundary_aware_focal_loss, boundary_weights
+from swiftnet import build
+
+LR_END = 1e-7                 # lineage: the cosine ends here
+ADAM_BETAS = (0.9, 0.99)      # lineage
+ADAM_EPS = 1e-7               # lineage: larger than torch's default, as half precision wants
+DEFAULT_MIX = [name for name, row in DATASETS.items() if row.role == "annotated"]
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = flag("driving", "numbers of a run, overridden by the flags given", choices=("driving", "ade20k", "camvid", "demo"))
+    demo: bool = flag(False, "the same as --recipe demo: train on generated streets, drawn into demo/")
+    data: str = flag("data", "data root, a folder per set")
+    train: tuple = flag((), "sets to train on, NAME or NAME:PART,PART (default: the annotated sets found)")
+    val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
+    out: str = flag("", "output folder (default: runs/<recipe>)")
+    resume: str = flag("", "run folder to continue, with the settings stored there")
+    init: str = flag("", "checkpoint to take weights from, and nothing else")
+    backbone: str = flag("convnext_large", "size of the backbone", choices=tuple(SIZES))
+    pretrained: str = flag("in22k_1k_384", "backbone weights: in1k, in22k, in22k_1k_384, a path, a URL, or none")
+    levels: int = flag(3, "resolutions of the pyramid; 1 is the single-scale SwiftNet")
+    width: int = flag(0, "channels of the ladder (default: by size of the backbone)")
+    layer_scale: float = flag(1e-6, "initial layer scale")
+    drop_path: float = flag(0.0, "stochastic depth of the last block")
+    epochs: int = flag(50, "passes over the training set")
+    steps: int = flag(0, "optimizer steps in all (default: as many as the epochs have)")
+    batch: int = flag(24, "images per optimizer step, over all processes")
+    batch_per_process: int = flag(3, "images per forward and process; the rest of the batch is accumulated")
+    crop: int = flag(1024, "side of the training crop, pixels")
+    zoom: tuple = flag((0.5, 2.0), "range of the random zoom")
+    lr: float = flag(4e-4, "learning rate of new layers")
+    backbone_lr: float = flag(1e-4, "learning rate of the backbone")
+    warmup: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(1e-4, "Adam's L2 term")
+    bn_momentum: float = flag(0.01, "weight of the newest batch in the running statistics")
+    precision: str = flag("auto", "auto is bf16 where the GPU has it, else fp16; float32 on a CPU", choices=("auto", "bf16", "fp16", "fp32"))
+    compile: bool = flag(False, "torch.compile the network")
+    checkpoint_blocks: bool = flag(False, "recompute ConvNeXt blocks in the backward pass: less memory")
+    val_every: int = flag(1, "epochs between validations")
+    save_every: int = flag(500, "steps between checkpoints, besides those at validations")
+    log_every: int = flag(20, "steps between lines of the log")
+    workers: int = flag(8, "loader processes per process")
+    seed: int = flag(0, "seed of weights, sampling and augmentation")
+
+
+# What differs from the defaults above, which are the deck's. NOTE(deck): the recipes below are ours.
+FROM_SCRATCH = {"backbone": "convnext_atto", "pretrained": "none", "layer_scale": 0.1, "lr": 1e-3,
+                "backbone_lr": 1e-3, "bn_momentum": 0.1, "crop": 256, "batch": 8, "batch_per_process": 8,
+                "workers": 0}
+RECIPES = {
+    "driving": {},
+    "ade20k": {"train": ("ade20k",), "val": ("ade20k",), "crop": 512, "batch": 16, "batch_per_process": 2,
+               "epochs": 127},
+    "camvid": {**FROM_SCRATCH, "train": ("camvid",), "val": ("camvid",), "steps": 2000, "warmup": 50,
+               "val_every": 5},
+    "demo": {**FROM_SCRATCH, "data": "demo", "train": ("cityscapes", "acdc"), "val": ("acdc", "cityscapes"),
+             "width": 64, "zoom": (0.75, 1.75), "steps": 400, "warmup": 20, "val_every": 1000},
+}
+# Flags that may differ between a run and its continuation: they do not change what is learned.
+FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "batch_per_process", "save_every",
+        "log_every", "workers")
+
+
+def settle(given):
+    """The Config of a command line: defaults, then the recipe, then the flags given. Raises ValueError."""
+    if "resume" in given:
+        base = read_tensors(last_checkpoint(given["resume"]))["config"]
+    else:
+        if not given.get("demo") and not {"recipe", "data"} & given.keys() and not Path("data").is_dir():
+            say("no --data given and no folder data/ here: training on the generated demo streets")
+            given = {**given, "demo": True}
+        if given.get("demo") and given.setdefault("recipe", "demo") != "demo":
+            raise ValueError(f"--demo and --recipe {given['recipe']} exclude each other")
+        base = RECIPES[given.get("recipe", "driving")]
+    config = Config(**{**base, **given})
+    for name in ("levels", "epochs", "batch", "batch_per_process", "crop", "val_every", "save_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
+    for name in ("steps", "width", "warmup", "workers", "weight_decay", "seed"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
+    if not (len(config.zoom) == 2 and 0 < config.zoom[0] <= config.zoom[1]):
+        raise ValueError(f"--zoom takes two numbers, 0 < low <= high; found {config.zoom}")
+    if config.crop <= 32 * 2 ** (config.levels - 1):
+        raise ValueError(f"--crop {config.crop} is not above the coarsest stride, {32 * 2 ** (config.levels - 1)}: "
+                         "BatchNorm would see one value there")
+    if not 0 <= config.drop_path < 1 or not 0 < config.bn_momentum <= 1 or min(config.lr, config.backbone_lr) <= 0:
+        raise ValueError("expected 0 <= --drop-path < 1, 0 < --bn-momentum <= 1, --lr and --backbone-lr above 0")
+    return config
+
+
+def settle_data(config):
+    """Config with the sets filled in that the data root offers, and the class names."""
+    if not Path(config.data).is_dir():
+        raise ValueError(f"--data {config.data}: no such folder; expected a folder per set in it "
+                         f"({', '.join(DEFAULT_MIX)}, ...)")
+    train = config.train or tuple(annotated(config.data, "train"))
+    if not train:
+        raise ValueError(f"{config.data} holds none of {', '.join(DEFAULT_MIX)}; `python data.py --data "
+                         f"{config.data}` shows what was looked for")
+    val = config.val or tuple(n for n in ("acdc", "cityscapes") if n in annotated(config.data, "val"))
+    if not val:
+        raise ValueError(f"{config.data} holds neither acdc nor cityscapes to validate on; name a set with --val")
+    return dataclasses.replace(config, train=train, val=val)
+
+
+
+# --- the run folder -----------------------------------------------------------------------------
+
+def choose_run(config):
+    """(folder, state to continue from or None) for this command; reads only.
+
+    An unfinished run with the same settings is continued, a finished one stepped over (runs/demo-2, ...),
+    an unfinished one with other settings refused.
+    """
+    if config.resume:
+        folder = last_checkpoint(config.resume).parent
+        state = read_tensors(folder / "last.pt")
+        if state["step"] >= state["total"]:
+            raise ValueError(f"--resume {folder}: this run is finished ({state['total']} steps)")
+        refuse_changes(config, state, folder)
+        return folder, state
+    base = Path(config.out or Path("runs") / config.recipe)
+    for number in range(1, 10000):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not (folder / "last.pt").is_file():
+            return folder, None
+        state = read_tensors(folder / "last.pt")
+        if state["step"] < state["total"]:
+            refuse_changes(config, state, folder)
+            return folder, state
+
+
+def last_checkpoint(path):
+    """last.pt of a run that is named by its folder or by a file in it."""
+    last = (Path(path).parent if Path(path).suffix == ".pt" else Path(path)) / "last.pt"
+    if not last.is_file():
+        raise FileNotFoundError(f"--resume {path}: there is no {last}")
+    return last
+
+
+def refuse_changes(config, state, folder):
+    differing = [f"--{name.replace('_', '-')} {shown(state['config'].get(name))} there, {shown(value)} here"
+                 for name, value in dataclasses.asdict(config).items()
+                 if name not in FREE and state["config"].get(name) != value]
+    if differing:
+        raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of {state['total']}) with other "
+                         f"settings: {'; '.join(differing)}. Use those, another --out, or remove the folder")
+
+
+def shown(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+class Log:
+    """log.jsonl of a run: one JSON object per line, on rank 0. The first holds config and versions.
+
+    A continued run keeps the lines up to its checkpoint, so that no step appears twice.
+    """
+
+    def __init__(self, folder, rank, header, state):
+        self.path = folder / "log.jsonl" if rank == 0 else None
+        if self.path is None:
+            return
+        if state is None:
+            lines = [json.dumps(header)]
+        else:
+            lines = [*kept_lines(self.path, state["step"]), json.dumps({"restart": state["step"], **header})]
+        with whole_file(self.path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
+
+    def write(self, **record):
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def kept_lines(path, step):
+    """Lines of a log up to `step`; a last line cut short by a kill is dropped."""
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line)
+    return kept
+
+
+# --- model and optimizer ------------------------------------------------------------------------
+
+def architecture(config, classes):
+    """Arguments of swiftnet.build that a checkpoint carries."""
+    return {"backbone": config.backbone, "num_classes": len(classes), "levels": config.levels,
+            "width": config.width or None, "drop_path": config.drop_path, "layer_scale": config.layer_scale}
+
+
+def make_model(config, classes, state, rank):
+    """The network on the CPU: continued, initialised from a checkpoint, ImageNet weights, or random."""
+    torch.manual_seed(config.seed)
+    model = build(**architecture(config, classes))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = config.bn_momentum
+    model.backbone.checkpoint_blocks = config.checkpoint_blocks
+    if state is not None:
+        model.load_state_dict(state["model"])
+    elif config.init:
+        take_weights(model, config.init)
+    elif config.pretrained != "none":
+        if rank != 0:
+            dist.barrier()                     # rank 0 downloads first
+        load_pretrained(model.backbone, config.pretrained)
+        if rank == 0 and dist.is_initialized():
+            dist.barrier()
+    return model
+
+
+def take_weights(model, path):
+    """Weights of a checkpoint of the same architecture; a head of another class count stays new."""
+    state = read_tensors(path).get("model")
+    if not isinstance(state, dict):
+        raise ValueError(f"--init {path}: no checkpoint of train.py; ImageNet weights go to --pretrained")
+    own = model.state_dict()
+    fresh = [name for name in ("head.2.weight", "head.2.bias")
+             if name in state and state[name].shape != own[name].shape]
+    if fresh:
+        say(f"--init {path}: {len(state['head.2.bias'])} classes there, {model.num_classes} here: new head")
+    state = {name: own[name] if name in fresh else tensor for name, tensor in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"--init {path} does not fit: {str(error).splitlines()[1].strip()[:200]}; "
+                         "give the --backbone, --levels and --width that it was trained with") from None
+
+
+def make_optimizer(model, config, device):
+    """Adam with two groups: the backbone, and the new layers (lineage)."""
+    backbone = list(model.backbone.parameters())
+    known = {id(p) for p in backbone}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in known], "peak": config.lr},
+              {"params": backbone, "peak": config.backbone_lr}]
+    return torch.optim.Adam(groups, lr=config.lr, betas=ADAM_BETAS, eps=ADAM_EPS,
+                            weight_decay=config.weight_decay, fused=device.type == "cuda")
+
+
+def learning_rate(step, peak, warmup, total):
+    """Linear from 0 over `warmup` steps, then a cosine from `peak` to LR_END at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return LR_END + (peak - LR_END) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wrap(model, config, device, world):
+    """The module whose forward the loop calls: SyncBatchNorm on GPUs, DDP, torch.compile, as asked."""
+    if world > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                        gradient_as_bucket_view=True)
+    return torch.compile(model) if config.compile else model
+
+
+def equalise_buffers(model):
+    """Give every process the running statistics of rank 0.
+
+    After a step they differ, as each process saw other images. Rank 0's are the ones that count: DDP
+    copies them to all at the next training forward.
+    """
+    if dist.is_initialized():
+        buffers = list(model.buffers())
+        flat = torch.cat([buffer.double().flatten() for buffer in buffers])
+        dist.broadcast(flat, 0)
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(values.view_as(buffer))
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+class Steps:
+    """Optimizer steps: one call takes this process's share of a global batch through the network.
+
+    The loss of a step is divided by the number of valid pixels of the whole global batch, over all
+    processes and all accumulated parts, so the gradient does not depend on how images fall on
+    processes. DDP averages gradients; hence the factor `world`.
+    """
+
+    def __init__(self, model, network, optimizer, scaler, config, device, dtype, rank, world, total):
+        self.model, self.network, self.optimizer, self.scaler = model, network, optimizer, scaler
+        self.config, self.device, self.dtype = config, device, dtype
+        self.rank, self.world, self.total = rank, world, total
+        self.loss = torch.zeros((), device=device)       # of the last step, this process's share of it
+        self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
+
+    def __call__(self, step, images, ids):
+        """images (B, 3, H, W), ids (B, H, W): uint8 on any device, B = batch / world."""
+        config, device = self.config, self.device
+        # A function of (seed, step, rank), so stochastic depth repeats when a run is continued.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1_000_003 + self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["peak"], config.warmup, self.total)
+        images = images.to(device, non_blocking=True)
+        labels = ids.to(device, non_blocking=True)
+        # Started before the forward, awaited before the first loss: valid pixels of the global batch,
+        # and whether any process met a loss that is not finite in the step before.
+        shared = torch.stack([(labels != IGNORE).sum(), ~self.loss.isfinite()]).double()
+        pending = dist.all_reduce(shared, async_op=True) if self.world > 1 else None
+
+        loss_sum = torch.zeros_like(self.loss)
+        parts = list(zip(images.split(config.batch_per_process), labels.split(config.batch_per_process)))
+        for i, (part, part_labels) in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or self.world == 1 else self.network.no_sync():
+                with autocast(device, self.dtype):
+                    logits = self.network(part)
+                weights = boundary_weights(part_labels)
+                if pending is not None:
+                    pending.wait()
+                    pending = None
+                loss = boundary_aware_focal_loss(logits, part_labels.long(), weights,
+                                                 normalizer=shared[0]) * self.world
+                self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        self.bad_step = torch.where((shared[1] > 0) & (self.bad_step < 0), step - 1, self.bad_step)
+        self.loss = loss_sum
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mean_loss(self, step):
+        """Loss of the last step over all processes. Raises ValueError on all of them where one was not
+        finite, so nothing is saved after it."""
+        shared = torch.stack([self.loss, (~self.loss.isfinite()).float()])
+        if self.world > 1:
+            dist.all_reduce(shared)
+        loss, bad = (shared / self.world).tolist()
+        first = int(self.bad_step) if self.bad_step >= 0 else step if bad else -1
+        if first >= 0:
+            raise ValueError(f"the loss of step {first} is not finite; checkpoints before it are intact. Lower "
+                             "--lr, raise --warmup, or try --precision fp32")
+        return loss
+
+
+def make_batches(samples, classes, config, steps_per_epoch, first, total, rank, world, device):
+    """Iterator over this process's share of every remaining step; workers start once."""
+    sampler = StepSampler(len(samples), config.batch, steps_per_epoch, first, total, config.seed, rank, world)
+    dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
+                                         num_workers=config.workers, pin_memory=device.type == "cuda")
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield batch
+
+
+def validate(model, samples, classes, config, rank, world, device):
+    """{condition: dict of Metrics.compute} of the validation samples at their native size, T = 1."""
+    equalise_buffers(model)
+    model.eval()
+    results = evaluate(model, samples, len(classes), device, precision=config.precision,
+                       workers=min(config.workers, 4), rank=rank, world=world)
+    model.train()
+    return {condition: group[0].compute() for condition, group in results.items()}
+
+
+def scores(results):
+    """What the log and the checkpoint keep of a validation: {condition: mIoU}."""
+    return {condition: round(r["miou"], 6) for condition, r in results.items()}
+
+
+def train(config, rank, world, device):
+    """Run the training that `config` describes, from its beginning or from where its folder stands."""
+    config = settle_data(config)
+    samples, val_samples = gather(config.data, config.train, "train", True), gather(config.data, config.val, "val", True)
+    classes = classes_of(config.data, parse_spec(config.train[0])[0])
+    if classes_of(config.data, parse_spec(config.val[0])[0]) != classes:
+        raise ValueError(f"--train {shown(config.train)} and --val {shown(config.val)} have different classes")
+    steps_per_epoch = max(1, len(samples) // config.batch)
+    total = config.steps or config.epochs * steps_per_epoch
+
+    folder, state = choose_run(config)      # every process looks; none writes before all have looked
+    first, best, untrained = (state["step"], state["best"], state["untrained"]) if state else (0, -1.0, None)
+
+    # Order of a resume: weights before DDP copies them, optimizer after the parameters are on the
+    # device, data from step `first`; device randomness needs nothing, as it is seeded by step.
+    model = make_model(config, classes, state, rank).to(device).train()
+    optimizer = make_optimizer(model, config, device)
+    dtype = half_type(device, config.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    network = wrap(model, config, device, world)
+    steps = Steps(model, network, optimizer, scaler, config, device, dtype, rank, world, total)
+
+    header = {"config": dataclasses.asdict(config), "world": world, "device": str(device),
+              "torch": str(torch.__version__), "images": len(samples), "total": total}
+    log = Log(folder, rank, header, state)
+    say(f"{folder}: {'continued at step ' + str(first) if state else 'new'}; {len(samples)} images of "
+        f"{shown(config.train)}, {steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on {world} x "
+        f"{device.type}, {'float32' if dtype is None else str(dtype)[6:]}, batch {config.batch}")
+
+    def save(name, step):
+        if rank == 0:
+            with whole_file(folder / name) as temporary:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(), "step": step, "total": total, "best": best,
+                            "untrained": untrained, "architecture": architecture(config, classes),
+                            "classes": tuple(classes), "config": dataclasses.asdict(config),
+                            "torch": str(torch.__version__)}, temporary)
+
+    if state is None:
+        results = validate(model, val_samples, classes, config, rank, world, device)
+        untrained = scores(results)
+        log.write(step=0, miou=untrained)
+    batches = make_batches(samples, classes, config, steps_per_epoch, first, total, rank, world, device)
+    progress = Progress(total, "step", first)
+    began, note, parent = time.monotonic(), "", os.getppid()
+    for step, (images, ids) in enumerate(batches, first):
+        if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ValueError("torchrun is gone; this process stops too. The same command continues the run")
+        steps(step, images, ids)
+        done = step + 1
+        epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == total
+        if done % config.log_every == 0 or epoch_end or done % config.save_every == 0:
+            loss = steps.mean_loss(step)
+            if done % config.log_every == 0:
+                log.write(step=done, epoch=round(done / steps_per_epoch, 3), loss=loss,
+                          lr=optimizer.param_groups[0]["lr"], seconds=round(time.monotonic() - began, 2))
+            note = f"loss {loss:.4f}"
+        if epoch_end:
+            results = validate(model, val_samples, classes, config, rank, world, device)
+            log.write(step=done, epoch=round(done / steps_per_epoch, 3), miou=scores(results),
+                      seconds=round(time.monotonic() - began, 2))
+            say(f"step {done}: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in scores(results).items()))
+            if results["all"]["miou"] > best:
+                best = results["all"]["miou"]
+                save("best.pt", done)
+        if epoch_end or done % config.save_every == 0:
+            save("last.pt", done)
+        progress.update(note=note)
+    if rank == 0:
+        report(folder, results, untrained, best, count_conditions(val_samples), time.monotonic() - began)
+
+
+def report(folder, results, untrained, best, counts, seconds):
+    """Print the last validation beside the untrained network's."""
+    print(f"\n{folder}: finished in {clock(seconds)}; last validation, percent; best mIoU {100 * best:.2f}")
+    lines = summary_table(results, counts)
+    print(lines[0] + f"{'untrained':>11}{'gain':>8}")
+    for line, (condition, r) in zip(lines[1:], results.items()):
+        before = untrained[condition]
+        print(line + f"{100 * before:>11.2f}{100 * (r['miou'] - before):>+8.2f}")
+    if "clear" in results:
+        print("mIoU below clear: " + ", ".join(
+            f"{condition} {100 * (results['clear']['miou'] - r['miou']):.2f}"
+            for condition, r in results.items() if condition not in ("all", "clear")))
+    print("next: python evaluate.py --temperature 0.67")
+
+
+def main():
+    config = settle(parse_flags(Config, __doc__))
+    if config.recipe == "demo" and config.data == "demo" and is_first():
+        draw_demo(config.data)                 # the others wait in start_processes
+    rank, world, device = start_processes()
+    if config.batch % world:
+        raise ValueError(f"--batch {config.batch} does not divide by {world} processes; choose a multiple of {world}")
+    train(config, rank, world, device)
+    end_processes()
+
+
+if __name__ == "__main__":
+    run_main(main)
