@@ -10,14 +10,19 @@ whole-file writing, progress.
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import filecmp
 import functools
+import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import typing
 import zlib
@@ -28,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 # --- label spaces -------------------------------------------------------------------------------
 
@@ -199,11 +204,21 @@ class Sample(typing.NamedTuple):
 
 
 def parse_spec(spec):
-    """"name:a,b" -> ("name", ("a", "b")): a set, and the parts of it to keep (see find_samples)."""
-    name, _, only = spec.partition(":")
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
-    return name, tuple(part for part in only.split(",") if part)
+    """"name:a,b*2" -> ("name", ("a", "b"), 2.0): a set, the parts of it to keep, its weight in the mix.
+
+    A name may also be a folder of pseudolabels (one with a manifest.csv).
+    """
+    name, star, weight = spec.rpartition("*") if "*" in spec else (spec, "", "1")
+    name, _, only = name.partition(":")
+    if name not in DATASETS and not (Path(name) / MANIFEST).is_file():
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}, and folders with {MANIFEST}")
+    try:
+        weight = float(weight)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight <= 1000:
+        raise ValueError(f"{spec!r}: expected a weight between 0 and 1000 behind the star")
+    return name, tuple(part for part in only.split(",") if part), weight
 
 
 def match(folder, pattern):
@@ -239,13 +254,16 @@ def scan(root, name, split):
     return best
 
 
-def find_samples(root, name, split, only=(), labelled=None):
+def find_samples(root, name, split, only=(), labelled=None, strict=True):
     """Samples of one split, sorted by path; [] where nothing of the set is there.
 
     only: keep images with a folder, or a beginning of the file name up to "_", among these (Cityscapes:
     cities; ACDC: conditions or sequences; CamVid: drives). labelled: True demands a label for every
-    image, False takes none, None reads them where the split has them. Raises ValueError.
+    image, False takes none, None reads them where the split has them. strict=False lets images without
+    label pass. Raises ValueError.
     """
+    if name not in DATASETS:
+        return pseudo_samples(root, name) if split == "train" else []
     row = DATASETS[name]
     if labelled and split in row.unlabelled:
         raise ValueError(f"{name} has no labels for its split {split!r}")
@@ -256,18 +274,17 @@ def find_samples(root, name, split, only=(), labelled=None):
     segments = read_segments(Path(root) / row.folder / layout.segments) if has_labels and layout.segments else {}
     leaks = {Path(image).stem for other in ("train", "val") if row.leaks_into
              for image in scan(root, row.leaks_into, other)[1].get("image", {}).values()}
-    samples, missing = [], []
+    samples = []
     for stars, image in parts["image"].items():
         if re.search(row.skip, image) or Path(image).stem in leaks or only and not any(
                 word in stars or Path(image).name.startswith(word + "_") for word in only):
             continue
         label = parts["label"].get(stars) if has_labels else None
-        if has_labels and label is None:
-            missing.append(image)
         samples.append(Sample(image, label, parts["invalid"].get(stars) if label else None,
                               parts["reference"].get(stars), name, row.condition(stars),
                               segments.get(Path(label).name, ()) if label and layout.segments else None))
-    if missing:
+    missing = [sample.image for sample in samples if sample.label is None]
+    if has_labels and strict and missing:
         raise ValueError(f"{len(missing)} of {len(samples)} images of {name} {split} have no label, first "
                          f"{missing[0]}; expected {Path(root) / row.folder / layout.labels}")
     if only and not samples:
@@ -276,28 +293,55 @@ def find_samples(root, name, split, only=(), labelled=None):
     return samples[::row.stride]
 
 
+MANIFEST = "manifest.csv"        # of a folder of pseudolabels: a row per label, first columns image, label
+
+
+def pseudo_samples(root, folder):
+    """Samples of a folder of pseudolabels: manifest.csv names images below the data root and labels, train
+    ids, below the folder. Where it has a column "selected", rows without a 1 there are left out."""
+    path = Path(folder) / MANIFEST
+    samples = []
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"image", "label"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: expected columns image and label, found {rows.fieldnames}")
+        for number, row in enumerate(rows, 2):
+            names = row["image"], row["label"]
+            if None in row or not all(names) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in names):
+                raise ValueError(f"{path}, line {number}: image and label must be paths below {root} and {folder}")
+            if row.get("selected", "1") == "1":
+                samples.append(Sample(str(Path(root) / names[0]), str(Path(folder) / names[1]), None, None,
+                                      str(folder), "pseudo"))
+    return samples
+
+
 def gather(root, specs, split, labelled=None):
-    """Samples of several specs ("name" or "name:part,part"), which must exist and share their classes."""
-    samples, spaces = [], {}
+    """Samples of several specs (see parse_spec), which must exist and share their classes."""
+    return [sample for group in gather_groups(root, specs, split, labelled) for sample in group]
+
+
+def gather_groups(root, specs, split, labelled=None):
+    """The samples of each spec."""
+    groups, spaces = [], {}
     for spec in specs:
-        name, only = parse_spec(spec)
-        found = find_samples(root, name, split, only, labelled)
-        if not found:
-            row = DATASETS[name]
-            looked = Path(root) / row.folder / row.layouts[0].images.format(split=row.splits.get(split, split))
+        name, only, _ = parse_spec(spec)
+        groups.append(find_samples(root, name, split, only, labelled))
+        if not groups[-1]:
+            row = DATASETS.get(name)
+            looked = Path(root) / row.folder / row.layouts[0].images.format(
+                split=row.splits.get(split, split)) if row else f"selected rows of {name}/{MANIFEST}"
             raise ValueError(f"no {split} images of {name}: looked for {looked}. Put the set there, or "
                              "name the data root with --data")
-        samples += found
         spaces.setdefault(classes_of(root, name), name)
     if len(spaces) > 1:
         raise ValueError(f"{' and '.join(spaces.values())} have different classes and cannot be mixed; "
                          "camvid_19 is CamVid in the 19 classes")
-    return samples
+    return groups
 
 
 def classes_of(root, name):
     """Class names of a set. For custom sets: the lines of classes.txt."""
-    row = DATASETS[name]
+    row = DATASETS.get(name, DATASETS["cityscapes"])       # pseudolabels are of the 19 classes
     if row.classes is not None:
         return row.classes
     path = Path(root) / row.folder / "classes.txt"
@@ -364,38 +408,42 @@ def read_image(path, zoom=1.0):
         native = image.size
         if image.format == "JPEG" and zoom <= 0.5:
             image.draft("RGB", (max(1, int(native[0] * zoom)), max(1, int(native[1] * zoom))))
-        return image.convert("RGB"), native
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB"), native
+
+
+def label_values(dataset, classes):
+    """Train id of each label value of a set, by position."""
+    return dataset in DATASETS and DATASETS[dataset].table or range(classes)
 
 
 @functools.lru_cache
 def lookup(dataset, classes):
-    """(65536,) int16: label value -> train id, -1 where a value has no meaning in this set."""
-    table = np.full(65536, -1, np.int16)
-    values = DATASETS[dataset].table or range(classes)
-    table[:len(values)] = values
-    table[IGNORE] = IGNORE
-    return table
+    """(table, known): 256 bytes that translate a label value to a train id; the values that have a meaning."""
+    values = label_values(dataset, classes)
+    table = bytes(values) + bytes([IGNORE]) * (256 - len(values))
+    return table, bytes({*range(len(values)), IGNORE})
 
 
 def to_train_ids(values, sample, classes):
-    """(H, W) label values of a file -> (H, W) uint8 train ids. Raises ValueError for unknown values."""
-    ids = lookup(sample.dataset, classes)[values]
-    if (ids < 0).any():
-        most = len(DATASETS[sample.dataset].table or range(classes)) - 1
-        raise ValueError(f"{sample.label}: label values {np.unique(values[ids < 0])[:8].tolist()} have no "
-                         f"meaning in {sample.dataset}; expected 0..{most} or {IGNORE}")
-    return ids.astype(np.uint8)
+    """(H, W) uint8 label values of a file -> (H, W) uint8 train ids. Raises ValueError for unknown values."""
+    table, known = lookup(sample.dataset, classes)
+    raw = values.tobytes()                                   # bytes.translate: a byte a step, in C
+    if strange := raw.translate(None, known):
+        raise ValueError(f"{sample.label}: label values {sorted(set(strange))[:8]} have no meaning in "
+                         f"{sample.dataset}; expected 0..{len(label_values(sample.dataset, classes)) - 1} or {IGNORE}")
+    return np.frombuffer(bytearray(raw.translate(table)), np.uint8).reshape(values.shape)
 
 
 def open_label(sample):
-    """Pillow image of label values (mode L, P, or I for panoptic sets), native size."""
+    """Pillow image of label values, 8 bit, native size."""
     if sample.segments is None:
         with opened(sample.label, LABEL_MODES) as image:
             image.load()
             return image
     with opened(sample.label, ("RGB",)) as image:
         segment = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
-    values = np.zeros_like(segment)                       # outside every segment: 0, unlabelled
+    values = np.zeros(segment.shape, np.uint8)            # outside every segment: 0, unlabelled
     for number, category in sample.segments:
         values[segment == number] = category
     return Image.fromarray(values)
@@ -431,61 +479,87 @@ def read_sample(sample, classes):
 LARGEST_SHORT_SIDE = 1080          # larger photos are brought to this first (Vistas: up to 24 megapixels)
 
 
-def augment(sample, classes, rng, crop, zoom=(0.5, 2.0)):
+def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=None, jitter=0.0):
     """Random zoom, crop and flip of one sample (deck, appendix).
 
-    Returns image (3, crop, crop) uint8 and train ids (crop, crop) uint8, padded right and below with the
+    Returns image (crop, crop, 3) uint8 and train ids (crop, crop) uint8, padded right and below with the
     mean colour and IGNORE. Only the crop is interpolated: resize(box=...) equals resizing everything
-    and cropping. All randomness comes from `rng`.
+    and cropping. wanted: a train id that the crop shall contain, if the image does. jitter: brightness,
+    contrast and saturation are scaled by factors in [1 - jitter, 1 + jitter]. All randomness is `rng`'s.
     """
-    with opened(sample.image, IMAGE_MODES) as header:
-        width, height = header.size
+    label = open_label(sample)
+    width, height = label.size
     factor = rng.uniform(*zoom) * min(1.0, LARGEST_SHORT_SIDE / min(width, height))
-    scaled_width, scaled_height = max(1, round(width * factor)), max(1, round(height * factor))
-    size = min(crop, scaled_width), min(crop, scaled_height)
-    left, top = rng.integers(scaled_width - size[0] + 1), rng.integers(scaled_height - size[1] + 1)
+    scaled = max(1, round(width * factor)), max(1, round(height * factor))
+    size = min(crop, scaled[0]), min(crop, scaled[1])
+    room = scaled[0] - size[0], scaled[1] - size[1]        # where the crop's corner may lie
+    corner = rng.integers(room[0] + 1), rng.integers(room[1] + 1)
     flip = rng.random() < 0.5
+    if wanted is not None:
+        corner = corner_near(wanted, label, sample, classes, rng, scaled, size, room) or corner
 
     image, native = read_image(sample.image, factor)
-    label = open_label(sample)
     check_size(sample, native, label.size, sample.label)
 
-    def box(source):                                       # the crop, in pixels of a source image
-        x, y = source.size[0] / scaled_width, source.size[1] / scaled_height
-        return left * x, top * y, (left + size[0]) * x, (top + size[1]) * y
+    def cut(source, filter, padding):                      # the crop, from a source of any size
+        x, y = source.size[0] / scaled[0], source.size[1] / scaled[1]
+        part = source.resize(size, filter, (corner[0] * x, corner[1] * y,
+                                            (corner[0] + size[0]) * x, (corner[1] + size[1]) * y))
+        if jitter and part.mode == "RGB":
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                part = enhance(part).enhance(rng.uniform(1 - jitter, 1 + jitter))
+        if size != (crop, crop):
+            whole = Image.new(part.mode, (crop, crop), padding)
+            whole.paste(part)
+            part = whole
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
 
-    pixels = np.empty((crop, crop, 3), np.uint8)
-    pixels[:] = MEAN_COLOUR
-    ids = np.full((crop, crop), IGNORE, np.uint8)
-    pixels[:size[1], :size[0]] = image.resize(size, Image.Resampling.BILINEAR, box(image))
-    values = np.asarray(label.resize(size, Image.Resampling.NEAREST, box(label)))
-    ids[:size[1], :size[0]] = to_train_ids(values, sample, classes)
-    if flip:
-        pixels, ids = pixels[:, ::-1], ids[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), np.ascontiguousarray(ids)
+    pixels = cut(image, Image.Resampling.BILINEAR, MEAN_COLOUR)
+    values = cut(label, Image.Resampling.NEAREST, IGNORE)
+    return np.array(pixels), to_train_ids(np.asarray(values), sample, classes)
+
+
+def blank(crop):
+    """A crop of nothing: mean colour (crop, crop, 3) and IGNORE (crop, crop), uint8."""
+    return (np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (crop, crop, 3)).copy(),
+            np.full((crop, crop), IGNORE, np.uint8))
+
+
+def corner_near(wanted, label, sample, classes, rng, scaled, size, room):
+    """Corner of a crop that holds a random pixel of class `wanted`; None where the label has none."""
+    found = np.flatnonzero(to_train_ids(np.asarray(label), sample, classes) == wanted)
+    if not len(found):
+        return None
+    y, x = divmod(int(found[rng.integers(len(found))]), label.size[0])
+    centre = int((x + 0.5) * scaled[0] / label.size[0]), int((y + 0.5) * scaled[1] / label.size[1])
+    return tuple(int(np.clip(c - rng.integers(s), 0, most)) for c, s, most in zip(centre, size, room))
 
 
 # --- sampling -----------------------------------------------------------------------------------
 
 class TrainSet(torch.utils.data.Dataset):
-    """Augmented samples. A key is (epoch, position in the epoch, index of the sample), so an item is a
-    function of (seed, key) alone, whichever worker makes it.
+    """Augmented samples. A key is (epoch, position in the epoch, index of the sample, class to show or -1),
+    so an item is a function of (seed, key) alone, whichever worker makes it.
 
-    Items are (image uint8, ids uint8) tensors. A file that cannot be read gives its error instead, for
-    the training loop to raise: an exception inside a worker would come out wrapped in a traceback.
+    Items are (image (H, W, 3) uint8, ids (H, W) uint8, error or None). A file that cannot be read gives a
+    blank crop and the message, for the training loop to raise or to count: an exception inside a
+    worker would come out wrapped in a traceback.
     """
 
-    def __init__(self, samples, classes, crop, zoom, seed):
-        self.samples, self.classes, self.crop, self.zoom, self.seed = samples, classes, crop, zoom, seed
+    def __init__(self, samples, classes, crop, zoom, seed, jitter=0.0):
+        self.samples, self.classes, self.crop, self.zoom = samples, classes, crop, zoom
+        self.seed, self.jitter = seed, jitter
 
     def __getitem__(self, key):
-        epoch, position, index = key
+        epoch, position, index, wanted = key
         rng = np.random.default_rng((self.seed, epoch, position))
         try:
-            image, ids = augment(self.samples[index], self.classes, rng, self.crop, self.zoom)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return torch.from_numpy(image), torch.from_numpy(ids)
+            item = augment(self.samples[index], self.classes, rng, self.crop, self.zoom,
+                           None if wanted < 0 else wanted, self.jitter)
+            error = None
+        except (ValueError, OSError) as problem:
+            item, error = blank(self.crop), str(problem)
+        return *map(torch.from_numpy, item), error
 
 
 class EvalSet(torch.utils.data.Dataset):
@@ -506,43 +580,108 @@ class EvalSet(torch.utils.data.Dataset):
 
 
 def collate(items):
-    """Batch of TrainSet items: images (B, 3, H, W), ids (B, H, W). Raises the first item's error."""
-    for item in items:
-        if isinstance(item, str):
-            return item
-    images, ids = zip(*items)
-    return torch.stack(images), torch.stack(ids)
+    """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory, ids (B, H, W), errors."""
+    images, ids, errors = zip(*items)
+    return torch.stack(images).permute(0, 3, 1, 2), torch.stack(ids), [e for e in errors if e is not None]
 
 
-def epoch_order(count, length, seed, epoch):
-    """`length` indices below `count` for one epoch: permutations one after the other, cut to length."""
+def epoch_order(weights, length, seed, epoch):
+    """`length` indices for one epoch: every sample as often as its weight says, shuffled, cut or repeated.
+
+    weights: (N,) float; the fraction of a weight is the chance of one more turn.
+    """
     rng = np.random.default_rng((seed, epoch, 2 ** 31))      # no sample of the epoch has this position
-    rounds = [rng.permutation(count) for _ in range(-(-length // count))]
+    weights = np.asarray(weights, float)
+    turns = np.floor(weights).astype(int) + (rng.random(len(weights)) < weights % 1)
+    indices = np.repeat(np.arange(len(weights)), turns)
+    if not len(indices):
+        indices = np.arange(len(weights))
+    rounds = [rng.permutation(indices) for _ in range(-(-length // len(indices)))]
     return np.concatenate(rounds)[:length]
+
+
+def even_classes(order, counts, share, seed, epoch):
+    """Replace a share of an epoch's indices so that classes come up evenly there.
+
+    counts: (N, C) pixels of each class in each image. Returns (indices, class to show or -1).
+    """
+    rng = np.random.default_rng((seed, epoch, 2 ** 31 + 1))
+    order, wanted = order.copy(), np.full(len(order), -1)
+    holders = {c: np.flatnonzero(counts[:, c]) for c in range(counts.shape[1]) if counts[:, c].any()}
+    chosen = np.flatnonzero(rng.random(len(order)) < share)
+    kinds = np.resize(rng.permutation(list(holders)), len(chosen))        # as many of each
+    for position, c in zip(chosen, rng.permutation(kinds)):
+        order[position], wanted[position] = rng.choice(holders[c]), c
+    return order, wanted
+
+
+class CountSet(EvalSet):
+    """(index, pixels of each class (C,) int64) or (index, error), for class_counts."""
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        try:
+            ids = to_train_ids(np.asarray(open_label(sample)), sample, self.classes)
+        except (ValueError, OSError) as error:
+            return index, str(error)
+        return index, np.bincount(ids.ravel(), minlength=256)[:self.classes]
+
+
+def class_counts(samples, classes, workers=0, folder="runs"):
+    """(N, C) int64 pixels of each class in each label, counted once and kept in `folder`.
+
+    The file's name is a digest of every label's path, size and time, so changed labels are counted anew.
+    A label that cannot be read counts nothing here; training names it when it meets it.
+    """
+    digest = hashlib.blake2b(str(classes).encode(), digest_size=8)
+    for sample in samples:
+        with contextlib.suppress(OSError):
+            status = os.stat(sample.label)
+            digest.update(f"{sample.label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    path = Path(folder) / f".class-counts-{digest.hexdigest()}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        counts = np.load(path, allow_pickle=False)
+        if counts.shape == (len(samples), classes) and counts.dtype == np.int64:
+            return counts
+    counts = np.zeros((len(samples), classes), np.int64)
+    progress = Progress(len(samples), "classes counted in label")
+    for index, row in torch.utils.data.DataLoader(CountSet(samples, classes), batch_size=None, num_workers=workers):
+        if not isinstance(row, str):
+            counts[index] = row
+        progress.update()
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, counts)
+    return counts
 
 
 class StepSampler(torch.utils.data.Sampler):
     """Keys of TrainSet, one list per optimizer step, for one process of `world`.
 
     The global batch of a step is the same for any world; process `rank` takes its contiguous share.
+    weights: (N,), see epoch_order. counts, uniform: see even_classes; counts None leaves them out.
     """
 
-    def __init__(self, count, batch, steps_per_epoch, first, last, seed, rank=0, world=1):
-        self.count, self.batch, self.steps_per_epoch = count, batch, steps_per_epoch
+    def __init__(self, weights, batch, steps_per_epoch, first, last, seed, rank=0, world=1, counts=None, uniform=0.0):
+        self.weights, self.batch, self.steps_per_epoch = np.asarray(weights, float), batch, steps_per_epoch
         self.first, self.last, self.seed, self.rank, self.world = first, last, seed, rank, world
+        self.counts, self.uniform = counts, uniform
 
     def __len__(self):
         return self.last - self.first
 
     def __iter__(self):
         share = self.batch // self.world
-        epoch, order = None, None
+        epoch = None
         for step in range(self.first, self.last):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.count, self.steps_per_epoch * self.batch, self.seed, epoch)
+                order = epoch_order(self.weights, self.steps_per_epoch * self.batch, self.seed, epoch)
+                wanted = np.full(len(order), -1)
+                if self.counts is not None:
+                    order, wanted = even_classes(order, self.counts, self.uniform, self.seed, epoch)
             start = step % self.steps_per_epoch * self.batch + self.rank * share
-            yield [(epoch, position, int(order[position])) for position in range(start, start + share)]
+            yield [(epoch, position, int(order[position]), int(wanted[position]))
+                   for position in range(start, start + share)]
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -1293,21 +1432,25 @@ def write_demo(root, seed=0, scale=1.0):
             progress.update()
 
 
-# --- the script: what is there, and is it right -------------------------------------------------
+# --- the script: what is there, is it right, how fast is it read --------------------------------
 
 @dataclass(frozen=True)
 class Config:
     data: str = flag("data", "data root, a folder per set")
     make_demo: bool = flag(False, "draw the demo streets into demo/ first, and list them")
     all_files: bool = flag(False, "open every image and label, instead of three of each split")
+    show: int = flag(0, "write contact sheets of this many samples of each split, as read and as augmented")
+    out: str = flag("runs/sheets", "folder for the contact sheets")
+    benchmark: bool = flag(False, "print the speed of the training input per core, beside the usual pipeline")
+    workers: int = flag(2, "processes that open files with --all-files")
 
 
-def check(root, all_files=False):
+def check(root, all_files=False, workers=0):
     """Print what lies below `root`. Returns the list of problems, one line each."""
     problems, absent = [], []
     print(f"{'set':<18}{'split':<7}{'images':>8}{'labels':>8}{'masks':>8}  conditions; size of the first image")
     for name, row in DATASETS.items():
-        found = [split for split in row.splits if check_split(root, name, split, all_files, problems)]
+        found = [split for split in row.splits if check_split(root, name, split, all_files, workers, problems)]
         if not found:
             absent.append(f"  {name:<18}{Path(root) / row.folder / row.layouts[0].images}")
         elif {"train", "val"} <= set(found):
@@ -1316,41 +1459,35 @@ def check(root, all_files=False):
     return problems
 
 
-def check_split(root, name, split, all_files, problems):
+def check_split(root, name, split, all_files, workers, problems):
     """Print the line of one split and append what is wrong with it. False where nothing is there."""
-    row = DATASETS[name]
-    layout, parts = scan(root, name, split)
-    if layout is None:
-        return False
-    labelled = split not in row.unlabelled
-    for kind, orphans in (("label", parts["image"].keys() - parts["label"].keys() if labelled else ()),
-                          ("image", parts["label"].keys() - parts["image"].keys())):
-        if orphans:
-            owner = "image" if kind == "label" else "label"
-            problems.append(f"{name} {split}: {len(orphans)} {owner}s without {kind}, first "
-                            f"{parts[owner][min(orphans)]}")
     try:
+        layout, parts = scan(root, name, split)
+        if layout is None:
+            return False
+        samples = find_samples(root, name, split, strict=False)
         classes = len(classes_of(root, name))
-        samples = [sample for sample in find_samples(root, name, split, labelled=False)]
-        if labelled and layout.labels:
-            whole = {image: stars for stars, image in parts["image"].items()}
-            segments = read_segments(Path(root) / row.folder / layout.segments) if layout.segments else {}
-            samples = [sample._replace(label=label, invalid=parts["invalid"].get(whole[sample.image]),
-                                       segments=segments.get(Path(label).name, ()) if layout.segments else None)
-                       for sample in samples if (label := parts["label"].get(whole[sample.image]))]
     except (ValueError, OSError) as error:
         problems.append(f"{name} {split}: {error}")
         return True
-    size = ""
-    chosen = samples if all_files else [samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})] if samples else []
-    progress = Progress(len(chosen), f"{name} {split}") if all_files else None
-    for sample in chosen:
-        try:
-            pixels, _, _ = read_sample(sample, classes)
-            size = size or f"{pixels.shape[2]}x{pixels.shape[1]}"
-        except (ValueError, OSError) as error:
-            problems.append(f"{name} {split}: {error}")
-        if progress:
+    labelled = split not in DATASETS[name].unlabelled
+    orphans = {"label": parts["image"].keys() - parts["label"].keys() if labelled else (),
+               "image": parts["label"].keys() - parts["image"].keys()}
+    for kind, stars in orphans.items():
+        if stars:
+            owner = "image" if kind == "label" else "label"
+            problems.append(f"{name} {split}: {len(stars)} {owner}s without {kind}, first {parts[owner][min(stars)]}")
+    spots = sorted({0, len(samples) // 2, len(samples) - 1}) if samples else ()
+    chosen = samples if all_files else [samples[i] for i in spots]
+    progress, size = Progress(len(chosen), f"{name} {split}, opened"), "no images"
+    loader = torch.utils.data.DataLoader(EvalSet(chosen, classes), batch_size=None,
+                                         num_workers=workers if all_files else 0)
+    for index, image, *_ in loader:
+        if isinstance(image, str):
+            problems.append(f"{name} {split}: {image}")
+        elif index == 0:
+            size = f"{image.shape[2]}x{image.shape[1]}"
+        if all_files:
             progress.update()
     conditions = Counter(sample.condition for sample in samples)
     print(f"{name:<18}{split:<7}{len(parts['image']):>8}{len(parts['label']) if labelled else 0:>8}"
@@ -1361,27 +1498,148 @@ def check_split(root, name, split, all_files, problems):
 
 def shared_images(root, name):
     """Problems: images of the training split whose very content is in val too."""
-    by_size = {}
-    for image in scan(root, name, "train")[1]["image"].values():
-        with contextlib.suppress(OSError):
-            by_size.setdefault(os.path.getsize(image), []).append(image)
-    problems = []
-    for image in scan(root, name, "val")[1]["image"].values():
-        with contextlib.suppress(OSError):
-            same = [other for other in by_size.get(os.path.getsize(image), ())
-                    if Path(other).read_bytes() == Path(image).read_bytes()]
-            problems += [f"{name}: {same[0]} and {image} are the same file, in train and in val"] if same else []
+    by_size, problems = {}, []
+    for split in ("train", "val"):
+        for image in scan(root, name, split)[1]["image"].values():
+            if not Path(image).exists():                   # dangling links are named by check_split
+                continue
+            alike = by_size.setdefault(os.path.getsize(image), [])
+            same = split == "val" and next((other for other in alike if filecmp.cmp(other, image, False)), None)
+            if same:
+                problems.append(f"{name}: {same} and {image} are the same file, in train and in val")
+            elif split == "train":
+                alike.append(image)
     return problems
+
+
+def contact_sheets(root, count, out):
+    """Write a sheet per labelled split: image | label | two augmented crops with their labels, row by row."""
+    for name, row in DATASETS.items():
+        for split in row.splits:
+            samples = [s for s in find_samples(root, name, split, strict=False) if s.label]
+            if not samples:
+                continue
+            classes, palette = len(classes_of(root, name)), palette_of(classes_of(root, name))
+            chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)]
+            rows = []
+            for number, sample in enumerate(chosen):
+                pixels, ids, _ = read_sample(sample, classes)
+                tiles = [Image.fromarray(pixels.transpose(1, 2, 0)), colour(ids, palette)]
+                for draw in range(2):
+                    crop = min(1024, *ids.shape)
+                    pair = augment(sample, classes, np.random.default_rng((number, draw)), crop)
+                    tiles += [Image.fromarray(pair[0]), colour(pair[1], palette)]
+                rows.append([tile.resize((round(tile.width * 240 / tile.height), 240)) for tile in tiles])
+            width = max(sum(tile.width + 8 for tile in tiles) for tiles in rows)
+            sheet = Image.new("RGB", (width, 248 * len(rows)), "white")
+            for y, tiles in enumerate(rows):
+                x = 0
+                for tile in tiles:
+                    sheet.paste(tile, (x, 248 * y))
+                    x += tile.width + 8
+            path = Path(out) / f"{name}_{split}.png"
+            with whole_file(path) as temporary:
+                sheet.save(temporary, "PNG")
+            print(path)
+
+
+# --- benchmark ----------------------------------------------------------------------------------
+
+def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
+    """What training code usually does, timed stage by stage: decode all, resize all, crop, float32, normalise.
+
+    Draws the same zoom as `augment`. largest: photos are brought to this short side first, as ours are;
+    usual code knows no such rule (inf). Returns (3, crop, crop) float32, (crop, crop) int64, CPU seconds.
+    """
+    clock = [time.process_time()]
+
+    def lap():
+        clock.append(time.process_time())
+    raw = [Path(path).read_bytes() for path in (sample.image, sample.label)]
+    lap()
+    image, label = (Image.open(io.BytesIO(content)) for content in raw)
+    image, label = image.convert("RGB"), label.convert("L")
+    lap()
+    factor = rng.uniform(0.5, 2.0) * min(1.0, largest / min(image.size))
+    size = round(image.width * factor), round(image.height * factor)
+    image, label = image.resize(size, Image.Resampling.BILINEAR), label.resize(size, Image.Resampling.NEAREST)
+    corner = rng.integers(max(size[0] - crop, 0) + 1), rng.integers(max(size[1] - crop, 0) + 1)
+    box = (*corner, corner[0] + crop, corner[1] + crop)
+    image, label = image.crop(box), label.crop(box)
+    lap()
+    mean, deviation = (np.array(v, np.float32) for v in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
+    pixels = torch.from_numpy(((np.asarray(image, np.float32) - mean) / deviation).transpose(2, 0, 1).copy())
+    ids = torch.from_numpy(to_train_ids(np.asarray(label), sample, classes).astype(np.int64))
+    lap()
+    return pixels, ids, np.diff(clock)
+
+
+def our_pipeline(sample, classes, rng, crop):
+    """`augment`, timed in the same stages: its decoding is timed once more alone and taken off the whole."""
+    clock = [time.process_time()]
+    for path in (sample.image, sample.label):
+        Path(path).read_bytes()
+    clock.append(time.process_time())
+    label = open_label(sample)
+    zoom = np.random.default_rng(rng.bit_generator.seed_seq.entropy).uniform(0.5, 2.0)   # as augment draws it
+    read_image(sample.image, zoom * min(1.0, LARGEST_SHORT_SIDE / min(label.size)))
+    clock.append(time.process_time())
+    image, ids = augment(sample, classes, rng, crop)
+    clock.append(time.process_time())
+    torch.from_numpy(image), torch.from_numpy(ids)
+    read, decode, whole, tensor = np.diff([*clock, time.process_time()])
+    return np.array([read, decode - read, whole - decode, tensor])
+
+
+def benchmark(repeats=24, crop=1024):
+    """Print images per second of CPU time on generated files of real size and weight, labels included.
+
+    The mean over the same fixed zooms, uniform in [0.5, 2], for every pipeline, in turn.
+    """
+    torch.set_num_threads(1)
+    print(f"CPU time, means over {repeats} zooms uniform in [0.5, 2], crop {crop}, image and label")
+    print(f"{'':<25}{'pipeline':<19}" + "".join(f"{stage:>13}" for stage in (
+        "read", "decode", "zoom + crop", "to tensor", "whole")) + f"{'images/s':>10}{'ours is':>9}")
+    pipelines = {"usual": lambda *a: usual_pipeline(*a, largest=math.inf)[2],
+                 "usual, 1080 first": lambda *a: usual_pipeline(*a)[2], "ours": our_pipeline}
+    with tempfile.TemporaryDirectory() as folder:
+        for title, size, kind in (("2048x1024 PNG", (2048, 1024), "png"), ("4000x3000 JPEG", (4000, 3000), "jpg")):
+            sample = benchmark_files(Path(folder), size, kind)
+            runs = {name: [] for name in pipelines if kind == "jpg" or name != "usual, 1080 first"}
+            for seed in range(repeats + 1):
+                for name, seconds in runs.items():
+                    seconds.append(pipelines[name](sample, 19, np.random.default_rng(seed), crop))
+            means = {name: np.array(seconds[1:]).mean(0) for name, seconds in runs.items()}    # the first warms up
+            for name, stages in means.items():
+                ratio = f"{stages.sum() / means['ours'].sum():>8.2f}x"
+                print(f"{title}, {os.path.getsize(sample.image) / 2 ** 20:.1f} MB".ljust(25) + f"{name:<19}"
+                      + "".join(f"{1e3 * v:>10.1f} ms" for v in (*stages, stages.sum()))
+                      + f"{1 / stages.sum():>10.2f}{ratio if name != 'ours' else '':>9}")
+
+
+def benchmark_files(folder, size, kind):
+    """A demo street enlarged to `size`, with noise that gives it a photo's weight, and its label."""
+    image, labels, _ = draw_street(np.random.default_rng(0), 512, 512 * size[1] // size[0])
+    grain = np.random.default_rng(1).normal(0, 2.5, (size[1], size[0], 1))
+    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) + grain
+    paths = [str(folder / f"{kind}_image.{kind}"), str(folder / f"{kind}_label.png")]
+    Image.fromarray(np.uint8(pixels.clip(0, 255))).save(paths[0], **({"quality": 92} if kind == "jpg" else {}))
+    Image.fromarray(labels).resize(size, Image.Resampling.NEAREST).save(paths[1])
+    return Sample(*paths, None, None, "cityscapes", "clear")
 
 
 def main():
     config = Config(**parse_flags(Config, __doc__))
+    if config.benchmark:
+        return benchmark()
     root = "demo" if config.make_demo else config.data
     if config.make_demo:
         draw_demo(root)
     if not Path(root).is_dir():
         raise FileNotFoundError(f"--data {root}: no such folder; expected a folder per set in it")
-    problems = check(root, config.all_files)
+    problems = check(root, config.all_files, config.workers)
+    if config.show:
+        contact_sheets(root, config.show, config.out)
     for problem in problems:
         print("wrong: " + problem)
     if problems:

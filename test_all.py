@@ -726,8 +726,8 @@ class Fixtures:
         for name in ("aaa", "shared"):
             put(root / f"bdd100k/images/10k/train/{name}.jpg", picture())
             put(root / f"bdd100k/labels/sem_seg/masks/train/{name}.png", pattern(list(ids)))
-        for split, name in (("train", "shared"), ("train", "only100k"), ("val", "other")):
-            put(root / f"bdd100k/images/100k/{split}/{name}.jpg", picture(1))
+        for i, (split, name) in enumerate((("train", "shared"), ("train", "only100k"), ("val", "other"))):
+            put(root / f"bdd100k/images/100k/{split}/{name}.jpg", picture(i))
         return [("train", "aaa", ids), ("train", "shared", ids)]
 
     @staticmethod
@@ -956,7 +956,7 @@ class DataTest(Temporary):
             crop = 64
             image, ids = data.augment(sample, 7, np.random.default_rng(seed), crop)
             rng = np.random.default_rng(seed)
-            zoom = rng.uniform(0.5, 2.0)
+            zoom = rng.uniform(0.5, 2.0)                          # in the order in which augment draws
             width, height = round(121 * zoom), round(87 * zoom)
             left, top = rng.integers(width - min(width, crop) + 1), rng.integers(height - min(height, crop) + 1)
             flip = rng.random() < 0.5
@@ -970,7 +970,7 @@ class DataTest(Temporary):
             usual_ids[:part.shape[0], :part.shape[1]] = np.asarray(label)
             if flip:
                 usual, usual_ids = usual[:, ::-1], usual_ids[:, ::-1]
-            self.assertLessEqual(np.abs(image.transpose(1, 2, 0).astype(int) - usual).max(), 1)
+            self.assertLessEqual(np.abs(image.astype(int) - usual).max(), 1)
             np.testing.assert_array_equal(ids, usual_ids)
 
     def test_image_and_label_stay_aligned(self):
@@ -983,9 +983,9 @@ class DataTest(Temporary):
         for seed in range(20):
             image, ids = data.augment(sample, 7, np.random.default_rng(seed), 100)
             valid = ids != 255
-            agree = np.abs(image[0].astype(int) - 30 * ids.astype(int))[valid] <= 2
+            agree = np.abs(image[..., 0].astype(int) - 30 * ids.astype(int))[valid] <= 2
             self.assertGreater(agree.mean(), 0.85)      # interpolation blurs the pixels along the borders
-            self.assertTrue((image[:, ~valid] == np.array([[124], [116], [104]])).all())
+            self.assertTrue((image[~valid] == (124, 116, 104)).all())
 
     def test_large_jpeg_is_drafted(self):
         """A JPEG over 1080 is decoded small, and its label still falls on it."""
@@ -998,7 +998,7 @@ class DataTest(Temporary):
         self.assertEqual((native, image.size), ((3200, 2400), (1600, 1200)))
         image, ids = data.augment(sample, 7, np.random.default_rng(0), 512)
         valid = ids != 255
-        agree = np.abs(image[0].astype(int) - 30 * ids.astype(int))[valid] <= 4
+        agree = np.abs(image[..., 0].astype(int) - 30 * ids.astype(int))[valid] <= 4
         self.assertGreater(agree.mean(), 0.95)
 
     def test_samples_depend_on_seed_epoch_position_alone(self):
@@ -1006,7 +1006,7 @@ class DataTest(Temporary):
         samples = data.gather(self.folder, ("custom",), "train")
         batches = {}
         for workers in (0, 2):
-            sampler = data.StepSampler(5, 4, 2, first=1, last=5, seed=3)
+            sampler = data.StepSampler([1] * 5, 4, 2, first=1, last=5, seed=3)
             loader = torch.utils.data.DataLoader(data.TrainSet(samples, 3, 64, (0.5, 2.0), 3),
                                                  batch_sampler=sampler, num_workers=workers, collate_fn=data.collate)
             batches[workers] = list(loader)
@@ -1014,16 +1014,16 @@ class DataTest(Temporary):
         for a, b in zip(*batches.values()):
             self.assertTrue(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]))
         dataset = data.TrainSet(samples, 3, 64, (0.5, 2.0), 3)
-        self.assertFalse(torch.equal(dataset[0, 0, 0][0], dataset[1, 0, 0][0]))      # another epoch
-        self.assertFalse(torch.equal(dataset[0, 0, 0][0], dataset[0, 1, 0][0]))      # another position
+        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[1, 0, 0, -1][0]))      # another epoch
+        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[0, 1, 0, -1][0]))      # another position
 
     def test_step_sampler(self):
-        whole = list(data.StepSampler(10, 4, 3, 0, 7, seed=1))
+        whole = list(data.StepSampler([1] * 10, 4, 3, 0, 7, seed=1))
         self.assertEqual([len(step) for step in whole], [4] * 7)
         # Processes share each step's batch; a later start gives the later steps.
-        halves = [list(data.StepSampler(10, 4, 3, 0, 7, 1, rank, 2)) for rank in (0, 1)]
+        halves = [list(data.StepSampler([1] * 10, 4, 3, 0, 7, 1, rank, 2)) for rank in (0, 1)]
         self.assertEqual(whole, [a + b for a, b in zip(*halves)])
-        self.assertEqual(whole[5:], list(data.StepSampler(10, 4, 3, 5, 7, seed=1)))
+        self.assertEqual(whole[5:], list(data.StepSampler([1] * 10, 4, 3, 5, 7, seed=1)))
         self.assertEqual([key[0] for step in whole for key in step], [0] * 12 + [1] * 12 + [2] * 4)
         first = [key[2] for step in whole[:3] for key in step]
         self.assertEqual(sorted(first[:10]), list(range(10)))                        # every image before any twice
@@ -1044,6 +1044,125 @@ class DataTest(Temporary):
         for words in ("custom val: 1 images without label", "custom train: 1 labels without image", "same file",
                       r"values \[9\] have no meaning"):
             self.assertRegex(problems, words)
+
+    def test_modes_and_rotation(self):
+        """RGBA, grey and palette images become RGB; an EXIF rotation is not applied, as labels know none."""
+        Fixtures.custom(self.folder)
+        sample, = data.gather(self.folder, ("custom",), "train")
+        pixels = picture(3)
+        for image, expected in ((Image.fromarray(np.dstack([pixels, pixels[..., 0]])), pixels),
+                                (Image.fromarray(pixels[..., 0]), np.repeat(pixels[..., :1], 3, 2)),
+                                (Image.fromarray(pixels).quantize(256), None)):
+            put(Path(sample.image), image)
+            with contextlib.nullcontext() if expected is not None else Image.open(sample.image) as raw:
+                expected = np.asarray(raw.convert("RGB")) if expected is None else expected
+            np.testing.assert_array_equal(data.read_sample(sample, 3)[0], expected.transpose(2, 0, 1))
+        rotated = Path(sample.image).with_suffix(".jpg")
+        exif = Image.Exif()
+        exif[0x0112] = 6                                                # "turn by 90 degrees"
+        put(rotated, pixels, exif=exif)
+        self.assertEqual(data.read_sample(sample._replace(image=str(rotated)), 3)[0].shape, (3, 16, 24))
+
+    def test_one_corrupt_file_among_many(self):
+        (self.folder / "custom").mkdir()
+        (self.folder / "custom/classes.txt").write_text("a\nb\n")
+        buffer = io.BytesIO()
+        Image.fromarray(picture()).save(buffer, "JPEG")
+        label = io.BytesIO()
+        Image.fromarray(pattern([0, 1])).save(label, "PNG")
+        for kind in ("images/train", "labels/train"):
+            (self.folder / "custom" / kind).mkdir(parents=True)
+        for i in range(1000):
+            cut = 300 if i == 517 else None
+            (self.folder / f"custom/images/train/{i:04d}.jpg").write_bytes(buffer.getvalue()[:cut])
+            (self.folder / f"custom/labels/train/{i:04d}.png").write_bytes(label.getvalue())
+        with contextlib.redirect_stdout(io.StringIO()):
+            problem, = data.check(self.folder, all_files=True)
+        self.assertRegex(problem, "custom train: .*0517.jpg cannot be read: .*[Tt]runcated")
+
+    def test_mix(self):
+        """Weights, per-set parts and pseudolabels in one mix."""
+        self.assertEqual(data.parse_spec("acdc:night,fog*2.5"), ("acdc", ("night", "fog"), 2.5))
+        for spec in ("acdc*", "acdc*0", "acdc*-1", "acdc*many", "acdc*nan"):
+            with self.assertRaises(ValueError, msg=spec):
+                data.parse_spec(spec)
+        orders = [data.epoch_order([1.0] * 10 + [2.5] * 10, 30, seed=0, epoch=epoch) for epoch in range(40)]
+        turns = np.array([np.bincount(order, minlength=20) for order in orders])     # 30 of 30 to 40 turns
+        self.assertEqual((turns[:, :10].max(), turns[:, 10:].max()), (1, 3))
+        self.assertAlmostEqual(turns[:, 10:].sum() / turns[:, :10].sum(), 2.5, delta=0.3)
+        many = np.concatenate([data.epoch_order([0.25] * 400, 100, 0, epoch) for epoch in range(20)])
+        self.assertAlmostEqual(len(set(many[:90])) / 90, 1, delta=0.01)          # a quarter of the images, once each
+        Fixtures.cityscapes(self.folder)
+        Fixtures.pools(self.folder)
+        folder = self.folder / "pseudo/v1"
+        image = "cadc/cadcd/2018_03_06/0001/labeled/image_00/data/0000000000.png"
+        put(folder / "cadc/0000000000.png", pattern([0, 13, 255]))
+
+        def manifest(*rows):
+            (folder / "manifest.csv").write_text("image,label,kept,selected\n" + "\n".join(rows) + "\n")
+        manifest(f"{image},cadc/0000000000.png,0.9,1", f"{image},cadc/other.png,0.1,0")
+        with contextlib.chdir(self.folder):
+            samples = data.gather(".", ("cityscapes", "pseudo/v1*3"), "train", True)
+            self.assertEqual([s.dataset for s in samples], ["cityscapes"] * 2 + ["pseudo/v1"])
+            _, ids, _ = data.read_sample(samples[-1], 19)
+            self.assertEqual(set(np.unique(ids)), {0, 13, 255})
+            for row in (f"../../etc/passwd,x.png,1,1", f"{image},/etc/passwd,1,1", f"{image},../x.png,1,1", f"{image},,1,1"):
+                manifest(row)
+                with self.assertRaisesRegex(ValueError, "line 2: image and label must be paths below"):
+                    data.gather(".", ("pseudo/v1",), "train", True)
+            (folder / "manifest.csv").write_text("nothing\n")
+            with self.assertRaisesRegex(ValueError, "expected columns image and label"):
+                data.gather(".", ("pseudo/v1",), "train", True)
+
+    def test_classes_come_up_evenly(self):
+        """Crops drawn for a class show it; rare classes come as often as common ones; counts are kept."""
+        (self.folder / "custom").mkdir()
+        (self.folder / "custom/classes.txt").write_text("common\nrare\nrarest\n")
+        for i in range(12):
+            ids = np.zeros((200, 200), np.uint8)
+            ids[150:154, 30 + i:34 + i] = 1 if i < 3 else 0
+            ids[5:8, 190:193] = 2 if i == 7 else 0
+            put(self.folder / f"custom/images/train/{i:02d}.png", picture(i, 200, 200))
+            put(self.folder / f"custom/labels/train/{i:02d}.png", ids)
+        samples = data.gather(self.folder, ("custom",), "train")
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
+            counts = data.class_counts(samples, 3)
+            np.testing.assert_array_equal(counts[:, 1], [16] * 3 + [0] * 9)
+            np.testing.assert_array_equal(counts[:, 2], [9 * (i == 7) for i in range(12)])
+            cache, = Path("runs").iterdir()
+            with mock.patch.object(data.CountSet, "__getitem__", side_effect=AssertionError):
+                np.testing.assert_array_equal(data.class_counts(samples, 3), counts)        # from the file
+            put(Path(samples[0].label), np.full((200, 200), 2, np.uint8))                   # changed: counted anew
+            self.assertEqual(data.class_counts(samples, 3)[0].tolist(), [0, 0, 40000])
+            cache.write_bytes(b"broken")
+            put(Path(samples[0].label), np.asarray(Image.open(samples[1].label)))
+            self.assertEqual(data.class_counts(samples, 3)[0, 1], 16)
+        sampler = data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=1.0)
+        keys = [key for step in sampler for key in step]
+        self.assertEqual(np.bincount([key[3] for key in keys]).tolist(), [20, 20, 20])
+        dataset = data.TrainSet(samples, 3, 64, (0.5, 2.0), 0)
+        for key in keys:
+            image, ids, error = dataset[key]
+            self.assertIsNone(error)
+            # At zoom 1/2 a class of 3 pixels may fall between the samples of nearest-neighbour scaling.
+            self.assertTrue((ids == key[3]).any() or key[3] == 2, key)
+        half = [key for step in data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=0.5) for key in step]
+        self.assertTrue(15 < sum(key[3] >= 0 for key in half) < 45)
+
+    def test_jitter(self):
+        Fixtures.custom(self.folder, size=(80, 60))
+        sample, = data.gather(self.folder, ("custom",), "train")
+        plain, jittered = (data.augment(sample, 3, np.random.default_rng(1), 64, jitter=j) for j in (0.0, 0.5))
+        np.testing.assert_array_equal(plain[1], jittered[1])
+        self.assertFalse(np.array_equal(plain[0], jittered[0]))
+
+    def test_contact_sheets(self):
+        Fixtures.acdc(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            data.contact_sheets(self.folder, 2, self.folder / "sheets")
+        self.assertEqual([Path(line).name for line in out.getvalue().split()], ["acdc_train.png", "acdc_val.png"])
+        with Image.open(self.folder / "sheets/acdc_val.png") as sheet:
+            self.assertEqual(sheet.height, 2 * 248)
 
     def test_whole_file(self):
         path = self.folder / "a" / "file.txt"
@@ -1282,6 +1401,51 @@ class ResumeTest(Temporary):
 
 
 class TrainTest(Temporary):
+    def test_one_step_on_every_set(self):
+        """Check, load, augment and one optimizer step, for every set with labels."""
+        fixtures = ("cityscapes", "cityscapes_coarse", "vistas", "bdd100k", "wilddash_final", "acdc", "camvid",
+                    "camvid_19", "ade20k", "custom", "nightcity")
+        for fixture in fixtures:
+            root = self.folder / fixture
+            getattr(Fixtures, fixture)(root)
+            name = fixture.removesuffix("_final")
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(data.check(root), [], fixture)
+            samples = data.gather(root, (name,), "train", True)
+            classes = len(data.classes_of(root, name))
+            dataset = data.TrainSet(samples, classes, 160, (0.5, 2.0), 0)
+            images, ids, errors = data.collate([dataset[0, i, 0, -1] for i in range(2)])
+            self.assertEqual((errors, images.shape, ids.shape), ([], (2, 3, 160, 160), (2, 160, 160)))
+            model = tiny_model(classes).train()
+            config = train.Config(batch=2, batch_per_process=2)
+            optimizer = train.make_optimizer(model, config, torch.device("cpu"))
+            before = model.head[2].weight.detach().clone()
+            steps = train.Steps(model, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), config,
+                                torch.device("cpu"), None, 0, 1, 10)
+            steps(0, images, ids)
+            self.assertGreater(steps.mean_loss(0), 0, fixture)
+            self.assertFalse(torch.equal(model.head[2].weight, before))
+
+    def test_skip_bad(self):
+        """A file that cannot be read stops training, unless as many are allowed; then it is counted and logged."""
+        Fixtures.custom(self.folder, images=4, size=(80, 60))
+        (self.folder / "custom/images/train/frame2 of mine.png").write_bytes(b"broken")
+        arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom",
+                     "--crop", 160, "--batch", 2, "--steps", 4, "--width", 16, "--out", self.folder / "run"]
+
+        def run(*more):
+            with mock.patch.object(sys, "argv", [*map(str, arguments), *more]), \
+                    contextlib.redirect_stdout(io.StringIO()) as out:
+                train.main()
+            return out.getvalue()
+        with self.assertRaisesRegex(ValueError, "frame2 of mine.png cannot be read"):
+            run()
+        with self.assertRaisesRegex(ValueError, "frame2 of mine.png .*2 unreadable files; --skip-bad 1"):
+            run("--skip-bad", "1")
+        self.assertIn("skipped, number 2 of at most 2", run("--skip-bad", "2"))
+        log = [json.loads(line) for line in (self.folder / "run/log.jsonl").read_text().splitlines()]
+        self.assertEqual(sum("skipped" in record for record in log), 2)
+
     def test_schedule(self):
         rates = [train.learning_rate(step, 4e-4, 10, 110) for step in range(111)]
         self.assertAlmostEqual(rates[0], 4e-5)

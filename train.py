@@ -19,14 +19,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained, read_tensors
-from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, classes_of, clock, collate,
-                  draw_demo, flag, gather, is_first, parse_flags, parse_spec, run_main, say, whole_file)
+from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts, classes_of,
+                  clock, collate, draw_demo, flag, gather, gather_groups, is_first, parse_flags, parse_spec,
+                  run_main, say, whole_file)
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type, start_processes,
                       summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
@@ -43,7 +45,8 @@ class Config:
     recipe: str = flag("driving", "numbers of a run, overridden by the flags given", choices=("driving", "ade20k", "camvid", "demo"))
     demo: bool = flag(False, "the same as --recipe demo: train on generated streets, drawn into demo/")
     data: str = flag("data", "data root, a folder per set")
-    train: tuple = flag((), "sets to train on, NAME or NAME:PART,PART (default: the annotated sets found)")
+    train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; a name may be a folder "
+                        "of pseudolabels (default: the annotated sets found)")
     val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
     resume: str = flag("", "run folder to continue, with the settings stored there")
@@ -60,6 +63,9 @@ class Config:
     batch_per_process: int = flag(3, "images per forward and process; the rest of the batch is accumulated")
     crop: int = flag(1024, "side of the training crop, pixels")
     zoom: tuple = flag((0.5, 2.0), "range of the random zoom")
+    jitter: float = flag(0.0, "brightness, contrast and saturation are scaled by factors in 1 - jitter .. 1 + jitter")
+    uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly, 0..1")
+    skip_bad: int = flag(0, "files per process that may be unreadable before training stops")
     lr: float = flag(4e-4, "learning rate of new layers")
     backbone_lr: float = flag(1e-4, "learning rate of the backbone")
     warmup: int = flag(0, "steps of linear warm-up")
@@ -108,7 +114,7 @@ def settle(given):
     for name in ("levels", "epochs", "batch", "batch_per_process", "crop", "val_every", "save_every", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
-    for name in ("steps", "width", "warmup", "workers", "weight_decay", "seed"):
+    for name in ("steps", "width", "warmup", "workers", "weight_decay", "seed", "skip_bad"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
     if not (len(config.zoom) == 2 and 0 < config.zoom[0] <= config.zoom[1]):
@@ -116,6 +122,9 @@ def settle(given):
     if config.crop <= 32 * 2 ** (config.levels - 1):
         raise ValueError(f"--crop {config.crop} is not above the coarsest stride, {32 * 2 ** (config.levels - 1)}: "
                          "BatchNorm would see one value there")
+    if not (0 <= config.jitter < 1 and 0 <= config.uniform_classes <= 1):
+        raise ValueError(f"expected 0 <= --jitter < 1 and 0 <= --uniform-classes <= 1, found {config.jitter} and "
+                         f"{config.uniform_classes}")
     if not 0 <= config.drop_path < 1 or not 0 < config.bn_momentum <= 1 or min(config.lr, config.backbone_lr) <= 0:
         raise ValueError("expected 0 <= --drop-path < 1, 0 < --bn-momentum <= 1, --lr and --backbone-lr above 0")
     return config
@@ -372,16 +381,20 @@ class Steps:
         return loss
 
 
-def make_batches(samples, classes, config, steps_per_epoch, first, total, rank, world, device):
-    """Iterator over this process's share of every remaining step; workers start once."""
-    sampler = StepSampler(len(samples), config.batch, steps_per_epoch, first, total, config.seed, rank, world)
-    dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
-                                         num_workers=config.workers, pin_memory=device.type == "cuda")
-    for batch in loader:
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        yield batch
+def make_batches(samples, weights, classes, config, steps_per_epoch, first, total, rank, world, device):
+    """Iterator over this process's share of every remaining step: images, ids, errors. Workers start once."""
+    counts = None
+    if config.uniform_classes:
+        if rank == 0:
+            class_counts(samples, len(classes), config.workers)
+        if world > 1:
+            dist.barrier()
+        counts = class_counts(samples, len(classes))       # read from the file that rank 0 wrote
+    sampler = StepSampler(weights, config.batch, steps_per_epoch, first, total, config.seed, rank, world,
+                          counts, config.uniform_classes)
+    dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
+                                       num_workers=config.workers, pin_memory=device.type == "cuda")
 
 
 def validate(model, samples, classes, config, rank, world, device):
@@ -402,11 +415,14 @@ def scores(results):
 def train(config, rank, world, device):
     """Run the training that `config` describes, from its beginning or from where its folder stands."""
     config = settle_data(config)
-    samples, val_samples = gather(config.data, config.train, "train", True), gather(config.data, config.val, "val", True)
+    groups = gather_groups(config.data, config.train, "train", True)
+    samples, val_samples = sum(groups, []), gather(config.data, config.val, "val", True)
+    weights = np.concatenate([np.full(len(group), parse_spec(spec)[2])
+                              for spec, group in zip(config.train, groups)])
     classes = classes_of(config.data, parse_spec(config.train[0])[0])
     if classes_of(config.data, parse_spec(config.val[0])[0]) != classes:
         raise ValueError(f"--train {shown(config.train)} and --val {shown(config.val)} have different classes")
-    steps_per_epoch = max(1, len(samples) // config.batch)
+    steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
 
     folder, state = choose_run(config)      # every process looks; none writes before all have looked
@@ -444,12 +460,19 @@ def train(config, rank, world, device):
         results = validate(model, val_samples, classes, config, rank, world, device)
         untrained = scores(results)
         log.write(step=0, miou=untrained)
-    batches = make_batches(samples, classes, config, steps_per_epoch, first, total, rank, world, device)
+    batches = make_batches(samples, weights, classes, config, steps_per_epoch, first, total, rank, world, device)
     progress = Progress(total, "step", first)
     began, note, parent = time.monotonic(), "", os.getppid()
-    for step, (images, ids) in enumerate(batches, first):
+    skipped = 0
+    for step, (images, ids, errors) in enumerate(batches, first):
         if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
             raise ValueError("torchrun is gone; this process stops too. The same command continues the run")
+        skipped += len(errors)
+        for error in errors:
+            if skipped > config.skip_bad:
+                raise ValueError(error + (f" ({skipped} unreadable files; --skip-bad {config.skip_bad})" if config.skip_bad else ""))
+            print(f"skipped, number {skipped} of at most {config.skip_bad}: {error}", flush=True)
+            log.write(step=step, skipped=error)
         steps(step, images, ids)
         done = step + 1
         epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == total
