@@ -36,6 +36,7 @@ import convnext
 import data
 import evaluate
 import losses
+import pseudolabel
 import swiftnet
 import train
 
@@ -1539,6 +1540,123 @@ class TrainTest(Temporary):
             self.assertEqual(statistics, 1)                    # no statistics are updated twice
         for other in grads[1:]:
             torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-5)
+
+
+# --- pseudolabel.py -----------------------------------------------------------------------------
+
+class PseudolabelTest(Temporary):
+    def pool(self, images=6):
+        """A pool of small pictures and a checkpoint; returns the script's arguments."""
+        for i in range(images):
+            put(self.folder / f"data/pool/{'ab'[i % 2]}/{i}.png", picture(i, 90 + i, 70))
+        model = swiftnet.build("convnext_atto", num_classes=19, width=16)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        torch.save({"model": model.state_dict(), "step": 1, "classes": data.CLASSES, "config": {},
+                    "architecture": {"backbone": "convnext_atto", "width": 16}}, self.folder / "model.pt")
+        return ["--checkpoint", self.folder / "model.pt", "--data", self.folder / "data", "--pools",
+                self.folder / "data/pool", "--threshold", 0.3, "--workers", 0]
+
+    def run_script(self, *arguments, processes=1):
+        return subprocess.run(command("pseudolabel.py", *arguments, processes=processes), env=environment(),
+                              cwd=self.folder, capture_output=True, text=True)
+
+    def files(self, folder):
+        return {path.relative_to(self.folder / folder): path.read_bytes()
+                for path in (self.folder / folder).rglob("*") if path.is_file()}
+
+    def test_labels_are_thresholded_predictions(self):
+        """Two processes write the very files of one; an interrupted folder is completed to the same bytes."""
+        arguments = self.pool()
+        for out, processes in (("one", 1), ("two", 2)):
+            result = self.run_script(*arguments, "--out", out, processes=processes)
+            self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(self.files("one"), self.files("two"))
+        model, _ = swiftnet.load_checkpoint(self.folder / "model.pt")
+        rows = pseudolabel.load_rows(self.folder / "one")
+        self.assertEqual([row["image"] for row in rows], sorted(f"pool/{'ab'[i % 2]}/{i}.png" for i in range(6)))
+        for row in rows:
+            image = torch.from_numpy(np.array(Image.open(self.folder / "data" / row["image"]))).permute(2, 0, 1)
+            confidence, ids = swiftnet.predict(model, image).softmax(0).max(0)
+            expected = torch.where(confidence >= 0.3, ids, 255).numpy()
+            label = np.asarray(Image.open(self.folder / "one" / row["label"]))
+            self.assertGreater((label == expected).mean(), 0.999)          # ties at the threshold aside
+            self.assertAlmostEqual(float(row["kept"]), (label != 255).mean(), places=5)
+            self.assertEqual([int(row[name]) for name in data.CLASSES], [(label == c).sum() for c in range(19)])
+        before = self.files("one")
+        (self.folder / "one/manifest.csv").unlink()
+        (self.folder / "one" / rows[2]["label"]).unlink()
+        (self.folder / "one" / rows[4]["label"]).write_bytes(b"cut short")
+        self.assertEqual(self.run_script(*arguments, "--out", "one").returncode, 0)
+        self.assertEqual(self.files("one"), before)
+        # They are a training set.
+        with contextlib.chdir(self.folder):
+            samples = data.gather("data", ("one",), "train", True)
+        self.assertEqual(len(samples), 6)
+
+    def test_other_settings_and_bad_images(self):
+        arguments = self.pool(3)
+        put(self.folder / "data/pool/broken.png", picture()).write_bytes(b"no image")
+        result = self.run_script(*arguments, "--out", "out")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(result.stdout, "skipped: .*broken.png cannot be read")
+        self.assertIn("3 labels written, 1 images skipped", result.stdout)
+        before = self.files("out")
+        for more, words in ((["--flip"], "flip: False there, True here"), (["--threshold", 0.5], "threshold: 0.3 there"),
+                            (["--threshold", 7], "must lie in"), (["--temperature", 0], "above 0")):
+            result = self.run_script(*arguments, "--out", "out", *more)
+            self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
+            self.assertRegex(result.stderr, words)
+        self.assertEqual(self.files("out"), before)
+        for more, words in (([], "nothing to do"), (["--select", 3, "--out", "nowhere"], "nowhere/manifest.csv is missing"),
+                            (["--checkpoint", "model.pt"], "belong together"),
+                            (["--checkpoint", "model.pt", "--pools", "stf"], "no images in pool 'stf'")):
+            result = self.run_script(*more)
+            self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
+            self.assertRegex(result.stderr, words)
+
+    def test_selection(self):
+        """Worked by hand: three pools, one class that only image e carries."""
+        def row(image, pool, kept, road, train):
+            return {"image": image, "label": image, "pool": pool, "kept": kept, "confidence": 1, "selected": 1,
+                    "road": road, "train": train}
+        rows = [row("a", "x", 0.9, 5, 0), row("b", "x", 0.8, 5, 0), row("c", "x", 0.1, 5, 5), row("d", "x", 0.7, 5, 0),
+                row("e", "y", 0.5, 5, 5), row("f", "y", 0.9, 5, 0), row("g", "z", 0.05, 5, 0)]
+        # Eligible (kept >= 0.2): a b d of x, e f of y. A budget of 3 gives 1.8 and 1.2: 2 and 1.
+        self.assertEqual(pseudolabel.select(rows, 3, "rare", 0.2), {"x": 2, "y": 1, "z": 0})
+        self.assertEqual([r["image"] for r in rows if r["selected"]], ["a", "b", "e"])
+        pseudolabel.select(rows, 3, "easiest", 0.2)
+        self.assertEqual([r["image"] for r in rows if r["selected"]], ["a", "b", "f"])
+        pseudolabel.select(rows, 100, "rare", 0.2)
+        self.assertEqual(sum(r["selected"] for r in rows), 5)
+
+    def test_selection_of_250k_rows(self):
+        """A manifest of the deck's size, on paper: seconds and memory, scaled from 25K rows."""
+        random = np.random.default_rng(0)
+        rows = [{"image": f"{i:06d}.png", "label": f"{i:06d}.png", "pool": "ab"[i % 2], "kept": random.random(),
+                 "confidence": 1, "selected": 1, **dict(zip(data.CLASSES, random.integers(0, 2, 19).tolist()))}
+                for i in range(25_000)]
+        pseudolabel.save_rows(self.folder, rows)
+        began = time.process_time()
+        rows = pseudolabel.load_rows(self.folder)
+        pseudolabel.select(rows, 6000, "rare", 0.2)
+        pseudolabel.save_rows(self.folder, rows)
+        self.assertLess(time.process_time() - began, 2.0)
+        self.assertEqual(sum(row["selected"] == "1" for row in pseudolabel.load_rows(self.folder)), 6000)
+
+    def test_class_thresholds(self):
+        """Against sorting: every class that the global threshold would starve keeps the wanted share."""
+        logits = torch.randn(4, 50, 60, generator=torch.Generator().manual_seed(0))
+        config = pseudolabel.Config(threshold=0.9, class_share=0.3)
+        with mock.patch.object(pseudolabel, "predictions", return_value=[(None, logits)]):
+            thresholds = pseudolabel.class_thresholds(None, [None], config, 4, torch.device("cpu"), 0, 1)
+        confidence, ids = logits.softmax(0).max(0)
+        for c in range(4):
+            wanted = confidence[ids == c].sort(descending=True).values
+            exact = min(0.9, wanted[math.ceil(0.3 * len(wanted)) - 1].item())
+            self.assertAlmostEqual(thresholds[c].item(), exact, delta=1 / 2000)
+            self.assertGreaterEqual((wanted >= thresholds[c]).float().mean().item(), 0.3)
 
 
 # --- mistakes of users --------------------------------------------------------------------------
