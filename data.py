@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -577,6 +578,11 @@ class EvalSet(torch.utils.data.Dataset):
         except (ValueError, OSError) as error:
             return index, str(error)
         return index, *(None if part is None else torch.from_numpy(np.array(part)) for part in parts)
+
+
+def ignore_sigterm(worker):
+    """For loader workers: torchrun sends SIGTERM to them too, while their process still has a step to end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(items):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import IGNORE, EvalSet, Progress, classes_of, flag, gather, parse_flags, parse_spec, run_main
+from data import IGNORE, EvalSet, Progress, classes_of, flag, gather, ignore_sigterm, parse_flags, parse_spec, run_main
 from swiftnet import load_checkpoint, predict
 
 CELLS = 1000               # midpoints of the integral mean that is AUIoU
@@ -229,7 +229,7 @@ def evaluate(models, samples, num_classes, device, temperatures=(1.0,), threshol
                for condition in conditions}
     share = samples[rank::world]
     loader = torch.utils.data.DataLoader(EvalSet(share, num_classes), batch_size=None, num_workers=workers,
-                                         pin_memory=device.type == "cuda")
+                                         worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda")
     progress = Progress(len(share), "evaluated")
     dtype = half_type(device, precision)
     for index, image, *target in loader:

@@ -1357,9 +1357,7 @@ class ResumeTest(Temporary):
         subprocess.run(command("train.py", *self.arguments(calm), processes=processes), check=True, **quiet)
         process = subprocess.Popen(command("train.py", *self.arguments(killed), processes=processes),
                                    **quiet)
-        deadline = time.monotonic() + 120
-        while max((r.get("step", 0) for r in self.log(killed)), default=0) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self.wait_for_step(killed, 5)
         kill_tree(process.pid)
         process.wait()
         stopped = max(r.get("step", 0) for r in self.log(killed))
@@ -1372,6 +1370,11 @@ class ResumeTest(Temporary):
         self.assertEqual((a["best"], a["untrained"]), (b["best"], b["untrained"]))
         self.assertIn("restart", " ".join(" ".join(r) for r in self.log(killed)))
         self.assertEqual(self.steps(calm), self.steps(killed))          # no step twice, none missing
+
+    def wait_for_step(self, run, step):
+        deadline = time.monotonic() + 120
+        while max((r.get("step", 0) for r in self.log(run)), default=0) < step and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def log(self, run):
         path = run / "log.jsonl"
@@ -1393,6 +1396,27 @@ class ResumeTest(Temporary):
             self.assertTrue(torch.equal(a, b))
         else:
             self.assertEqual(a, b)
+
+    def test_sigterm_and_lock(self):
+        """SIGTERM saves at the next step boundary; meanwhile no second run may use the folder."""
+        Fixtures.custom(self.folder, images=16, size=(80, 60))
+        out = self.folder / "run"
+        more = ["--steps", 300, "--save-every", 1000, "--val-every", 1000]
+        process = subprocess.Popen(command("train.py", *self.arguments(out), *more, processes=2), env=environment(),
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.wait_for_step(out, 3)
+        second = subprocess.run(command("train.py", *self.arguments(out), *more), env=environment(),
+                                capture_output=True, text=True)
+        self.assertEqual(second.returncode, 2)
+        self.assertRegex(second.stderr, r"run is in use by another process; choose another --out\n$")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        self.assertIn("stopped by SIGTERM after step", output)
+        state = torch.load(out / "last.pt", weights_only=True)
+        self.assertGreaterEqual(state["step"], 3)
+        with mock.patch.object(sys, "argv", ["train.py", *map(str, self.arguments(out)), *map(str, more)]):
+            folder, found = train.choose_run(train.load_data(train.settle(data.parse_flags(train.Config, "")))[0])
+        self.assertEqual((folder, found["step"]), (out, state["step"]))            # the same command continues
 
     def test_one_process(self):
         self.kill_and_resume(1)
@@ -1681,7 +1705,7 @@ class MistakeTest(Temporary):
 
     def contents(self):
         return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(self.folder.rglob("*"))
-                if path.is_file()}
+                if path.is_file() and path.name != ".lock"}
 
     def setUp(self):
         super().setUp()

@@ -12,9 +12,11 @@ pseudolabeling", Vision for All Seasons, CVPR 2022.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained, read_tensors
 from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts, classes_of,
-                  clock, collate, draw_demo, flag, gather, gather_groups, is_first, parse_flags, parse_spec,
+                  clock, collate, draw_demo, flag, gather, gather_groups, ignore_sigterm, is_first, parse_flags, parse_spec,
                   run_main, say, whole_file)
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type, start_processes,
                       summary_table)
@@ -191,6 +193,40 @@ def refuse_changes(config, state, folder):
 
 def shown(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+@contextlib.contextmanager
+def hold(folder, rank):
+    """Lock a run folder for rank 0, or raise ValueError.
+
+    A POSIX record lock ends with the process and is not inherited, so neither a dead process nor its
+    orphaned loader workers keep it.
+    """
+    if rank != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; choose another --out") from None
+        except OSError:                            # file systems without locks
+            say(f"{folder} cannot be locked here; see that no second run writes to it")
+        yield
+
+
+def stop_on_sigterm(rank):
+    """A list that becomes true when SIGTERM arrives (schedulers, torchrun). Rank 0 then saves at its next step
+    boundary, which needs no other process; the others carry on until it is gone, 20 seconds at most."""
+    stopping = []
+
+    def handler(signum, frame):
+        stopping.append(True)
+        if rank != 0:
+            signal.alarm(20)
+    signal.signal(signal.SIGTERM, handler)
+    return stopping
 
 
 class Log:
@@ -394,7 +430,8 @@ def make_batches(samples, weights, classes, config, steps_per_epoch, first, tota
                           counts, config.uniform_classes)
     dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter)
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
-                                       num_workers=config.workers, pin_memory=device.type == "cuda")
+                                       num_workers=config.workers, worker_init_fn=ignore_sigterm,
+                                       pin_memory=device.type == "cuda")
 
 
 def validate(model, samples, classes, config, rank, world, device):
@@ -412,24 +449,23 @@ def scores(results):
     return {condition: round(r["miou"], 6) for condition, r in results.items()}
 
 
-def train(config, rank, world, device):
-    """Run the training that `config` describes, from its beginning or from where its folder stands."""
+def load_data(config):
+    """(config with its sets, training samples, their weights, validation samples, class names)."""
     config = settle_data(config)
     groups = gather_groups(config.data, config.train, "train", True)
-    samples, val_samples = sum(groups, []), gather(config.data, config.val, "val", True)
     weights = np.concatenate([np.full(len(group), parse_spec(spec)[2])
                               for spec, group in zip(config.train, groups)])
-    classes = classes_of(config.data, parse_spec(config.train[0])[0])
-    if classes_of(config.data, parse_spec(config.val[0])[0]) != classes:
+    val_samples = gather(config.data, config.val, "val", True)
+    classes, val_classes = (classes_of(config.data, parse_spec(specs[0])[0]) for specs in (config.train, config.val))
+    if classes != val_classes:
         raise ValueError(f"--train {shown(config.train)} and --val {shown(config.val)} have different classes")
-    steps_per_epoch = max(1, round(weights.sum()) // config.batch)
-    total = config.steps or config.epochs * steps_per_epoch
+    return config, sum(groups, []), weights, val_samples, classes
 
-    folder, state = choose_run(config)      # every process looks; none writes before all have looked
-    first, best, untrained = (state["step"], state["best"], state["untrained"]) if state else (0, -1.0, None)
 
-    # Order of a resume: weights before DDP copies them, optimizer after the parameters are on the
-    # device, data from step `first`; device randomness needs nothing, as it is seeded by step.
+def make_steps(config, classes, state, rank, world, device, total):
+    """Model, optimizer and scaler, fresh or as `state` has them, in a Steps."""
+    # Order of a resume: weights before DDP copies them, optimizer state once the parameters are on
+    # the device. Data starts at the step reached; device randomness is seeded by step.
     model = make_model(config, classes, state, rank).to(device).train()
     optimizer = make_optimizer(model, config, device)
     dtype = half_type(device, config.precision)
@@ -438,72 +474,104 @@ def train(config, rank, world, device):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     network = wrap(model, config, device, world)
-    steps = Steps(model, network, optimizer, scaler, config, device, dtype, rank, world, total)
+    return Steps(model, network, optimizer, scaler, config, device, dtype, rank, world, total)
 
-    header = {"config": dataclasses.asdict(config), "world": world, "device": str(device),
-              "torch": str(torch.__version__), "images": len(samples), "total": total}
-    log = Log(folder, rank, header, state)
-    say(f"{folder}: {'continued at step ' + str(first) if state else 'new'}; {len(samples)} images of "
-        f"{shown(config.train)}, {steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on {world} x "
-        f"{device.type}, {'float32' if dtype is None else str(dtype)[6:]}, batch {config.batch}")
 
-    def save(name, step):
-        if rank == 0:
-            with whole_file(folder / name) as temporary:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                            "scaler": scaler.state_dict(), "step": step, "total": total, "best": best,
-                            "untrained": untrained, "architecture": architecture(config, classes),
-                            "classes": tuple(classes), "config": dataclasses.asdict(config),
-                            "torch": str(torch.__version__)}, temporary)
+def save(path, steps, classes, standing):
+    """Write a checkpoint: tensors and plain values only, so that it can be read without running code."""
+    config = steps.config
+    with whole_file(path) as temporary:
+        torch.save({"model": steps.model.state_dict(), "optimizer": steps.optimizer.state_dict(),
+                    "scaler": steps.scaler.state_dict(), **standing, "total": steps.total,
+                    "architecture": architecture(config, classes), "classes": tuple(classes),
+                    "config": dataclasses.asdict(config), "torch": str(torch.__version__)}, temporary)
 
-    if state is None:
-        results = validate(model, val_samples, classes, config, rank, world, device)
-        untrained = scores(results)
-        log.write(step=0, miou=untrained)
-    batches = make_batches(samples, weights, classes, config, steps_per_epoch, first, total, rank, world, device)
-    progress = Progress(total, "step", first)
-    began, note, parent = time.monotonic(), "", os.getppid()
-    skipped = 0
-    for step, (images, ids, errors) in enumerate(batches, first):
+
+def train(config, rank, world, device):
+    """Run the training that `config` describes, from its beginning or from where its folder stands."""
+    config, samples, weights, val_samples, classes = load_data(config)
+    steps_per_epoch = max(1, round(weights.sum()) // config.batch)
+    total = config.steps or config.epochs * steps_per_epoch
+    folder, state = choose_run(config)      # every process looks; none writes before all have looked
+    steps = make_steps(config, classes, state, rank, world, device, total)
+    with hold(folder, rank):
+        log = Log(folder, rank, {"config": dataclasses.asdict(config), "world": world, "device": str(device),
+                                 "torch": str(torch.__version__), "images": len(samples), "total": total}, state)
+        standing = {key: state[key] for key in ("step", "best", "untrained")} if state else {"step": 0, "best": -1.0}
+        say(f"{folder}: {'continued at step ' + str(standing['step']) if state else 'new'}; {len(samples)} images of "
+            f"{shown(config.train)}, {steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on {world} x "
+            f"{device.type}, {str(steps.dtype or torch.float32)[6:]}, batch {config.batch}")
+        batches = make_batches(samples, weights, classes, config, steps_per_epoch, standing["step"], total, rank, world, device)
+        loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes)
+
+
+def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes):
+    """Take all steps from standing["step"] on; log, validate and save as the config says."""
+    config, rank, began = steps.config, steps.rank, time.monotonic()
+
+    def record(**what):
+        log.write(step=standing["step"], epoch=round(standing["step"] / steps_per_epoch, 3), **what,
+                  seconds=round(time.monotonic() - began, 2))
+
+    def validated():
+        results = validate(steps.model, val_samples, classes, config, rank, steps.world, steps.device)
+        record(miou=scores(results))
+        return results
+
+    if "untrained" not in standing:
+        standing["untrained"] = scores(validated())
+    stopping, skipped = stop_on_sigterm(rank), Skipped(config.skip_bad, log)
+    progress, note, parent = Progress(steps.total, "step", standing["step"]), "", os.getppid()
+    for step, (images, ids, errors) in enumerate(batches, standing["step"]):
         if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
             raise ValueError("torchrun is gone; this process stops too. The same command continues the run")
-        skipped += len(errors)
-        for error in errors:
-            if skipped > config.skip_bad:
-                raise ValueError(error + (f" ({skipped} unreadable files; --skip-bad {config.skip_bad})" if config.skip_bad else ""))
-            print(f"skipped, number {skipped} of at most {config.skip_bad}: {error}", flush=True)
-            log.write(step=step, skipped=error)
+        skipped.count(errors, step)
         steps(step, images, ids)
-        done = step + 1
-        epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == total
-        if done % config.log_every == 0 or epoch_end or done % config.save_every == 0:
-            loss = steps.mean_loss(step)
-            if done % config.log_every == 0:
-                log.write(step=done, epoch=round(done / steps_per_epoch, 3), loss=loss,
-                          lr=optimizer.param_groups[0]["lr"], seconds=round(time.monotonic() - began, 2))
-            note = f"loss {loss:.4f}"
+        standing["step"] = done = step + 1
+        epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == steps.total
+        saving, logging = epoch_end or done % config.save_every == 0, done % config.log_every == 0
+        if saving or logging:
+            note = f"loss {(loss := steps.mean_loss(step)):.4f}"
+        if logging:
+            record(loss=loss, lr=steps.optimizer.param_groups[0]["lr"])
         if epoch_end:
-            results = validate(model, val_samples, classes, config, rank, world, device)
-            log.write(step=done, epoch=round(done / steps_per_epoch, 3), miou=scores(results),
-                      seconds=round(time.monotonic() - began, 2))
+            results = validated()
             say(f"step {done}: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in scores(results).items()))
-            if results["all"]["miou"] > best:
-                best = results["all"]["miou"]
-                save("best.pt", done)
-        if epoch_end or done % config.save_every == 0:
-            save("last.pt", done)
+            if results["all"]["miou"] > standing["best"]:
+                standing["best"] = results["all"]["miou"]
+                if rank == 0:
+                    save(folder / "best.pt", steps, classes, standing)
+        if rank == 0 and (saving or stopping and steps.loss.isfinite()):
+            save(folder / "last.pt", steps, classes, standing)
+        if rank == 0 and stopping:
+            raise SystemExit(f"{folder}: stopped by SIGTERM after step {done}; the same command continues")
         progress.update(note=note)
     if rank == 0:
-        report(folder, results, untrained, best, count_conditions(val_samples), time.monotonic() - began)
+        report(folder, results, standing, count_conditions(val_samples), time.monotonic() - began)
 
 
-def report(folder, results, untrained, best, counts, seconds):
+class Skipped:
+    """Counts unreadable files; raises the first error beyond `most`."""
+
+    def __init__(self, most, log):
+        self.most, self.log, self.number = most, log, 0
+
+    def count(self, errors, step):
+        for error in errors:
+            self.number += 1
+            if self.number > self.most:
+                raise ValueError(f"{error} ({self.number} unreadable files; --skip-bad {self.most})" if self.most else error)
+            print(f"skipped, number {self.number} of at most {self.most}: {error}", flush=True)
+            self.log.write(step=step, skipped=error)
+
+
+def report(folder, results, standing, counts, seconds):
     """Print the last validation beside the untrained network's."""
-    print(f"\n{folder}: finished in {clock(seconds)}; last validation, percent; best mIoU {100 * best:.2f}")
+    print(f"\n{folder}: finished in {clock(seconds)}; last validation, percent; best mIoU {100 * standing['best']:.2f}")
     lines = summary_table(results, counts)
     print(lines[0] + f"{'untrained':>11}{'gain':>8}")
     for line, (condition, r) in zip(lines[1:], results.items()):
-        before = untrained[condition]
+        before = standing["untrained"][condition]
         print(line + f"{100 * before:>11.2f}{100 * (r['miou'] - before):>+8.2f}")
     if "clear" in results:
         print("mIoU below clear: " + ", ".join(
