@@ -718,8 +718,10 @@ def parse_flags(config, about, argv=None):
 
     Flags that were not given are absent, so that a caller can lay them over other defaults.
     """
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=about, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, max_help_position=30, width=110))
     for item in dataclasses.fields(config):
         more = dict(item.metadata)
         shown = item.default
@@ -731,7 +733,12 @@ def parse_flags(config, about, argv=None):
             shown = " ".join(map(str, item.default)) or None
         else:
             more.setdefault("type", str if item.default is None else type(item.default))
-        if shown is not None and shown is not False and "default" not in more["help"]:
+        if "choices" in more:
+            more.setdefault("metavar", "NAME")
+            more["help"] += f": {', '.join(more['choices'])}"
+        elif "action" not in more:
+            more.setdefault("metavar", {int: "N", float: "X"}.get(more["type"], "NAME"))
+        if not (shown is None or shown is False or shown == "") and "default" not in more["help"]:
             more["help"] += f" (default: {shown})"
         parser.add_argument("--" + item.name.replace("_", "-"), **more)
     given = vars(parser.parse_args(argv))

@@ -41,7 +41,9 @@ def start_processes():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if gpu else None)
     return rank, world, device
 
 

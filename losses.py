@@ -59,7 +59,8 @@ def squared_boundary_distance(labels, reach):
     row = squared_run_distance(labels)
     best = row.clone()
     for dy in range(1, min(height, reach)):
-        if dy % 8 == 0 and dy * dy >= best.max():                      # no row further off can help
+        # No row further off can help. Not asked on a GPU, which would have to finish its work to answer.
+        if not labels.is_cuda and dy % 8 == 0 and dy * dy >= best.max():
             break
         same = labels[:, dy:] == labels[:, :-dy]
         for here, there in ((slice(None, -dy), slice(dy, None)), (slice(dy, None), slice(None, -dy))):
@@ -74,11 +75,9 @@ def squared_run_distance(labels):
     column = torch.arange(width, dtype=torch.int32, device=labels.device).expand(labels.shape)
     change = labels[:, :, 1:] != labels[:, :, :-1]
     # Last column left of here with another label, first column right of here with another label.
-    left = torch.full_like(column, -FAR)
-    left[:, :, 1:][change] = column[:, :, :-1][change]
+    left = F.pad(torch.where(change, column[:, :, :-1], -FAR), (1, 0), value=-FAR)
     left = left.cummax(2).values
-    right = torch.full_like(column, FAR)
-    right[:, :, :-1][change] = column[:, :, 1:][change]
+    right = F.pad(torch.where(change, column[:, :, 1:], FAR), (0, 1), value=FAR)
     right = right.flip(2).cummin(2).values.flip(2)
     distance = torch.minimum(column - left, right - column)
     return torch.where(distance < width, distance * distance, FAR)

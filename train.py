@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ DEFAULT_MIX = [name for name, row in DATASETS.items() if row.role == "annotated"
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = flag("driving", "numbers of a run, overridden by the flags given", choices=("driving", "ade20k", "camvid", "demo"))
+    recipe: str = flag("driving", "numbers of a run, under the flags given", choices=("driving", "ade20k", "camvid", "demo"))
     demo: bool = flag(False, "the same as --recipe demo: train on generated streets, drawn into demo/")
     data: str = flag("data", "data root, a folder per set")
     train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; a name may be a folder "
@@ -581,7 +582,10 @@ def report(folder, results, standing, counts, seconds):
 
 
 def main():
-    config = settle(parse_flags(Config, __doc__))
+    recipes = "".join(textwrap.fill(f"  {name}: " + (", ".join(
+        f"{key.replace('_', '-')} {shown(value)}" for key, value in changes.items()) or "the defaults below, the deck's"),
+        110, subsequent_indent="    ") + "\n" for name, changes in RECIPES.items())
+    config = settle(parse_flags(Config, f"{__doc__}\nRecipes, by what they change:\n{recipes}"))
     if config.recipe == "demo" and config.data == "demo" and is_first():
         draw_demo(config.data)                 # the others wait in start_processes
     rank, world, device = start_processes()
