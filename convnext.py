@@ -286,9 +286,8 @@ def read_tensors(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:     # torch.load raises a dozen kinds for a damaged file; all mean this
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"it holds a {refused[1]}" if refused else str(error).strip().split("\n")[0][:160]
-        raise ValueError(f"{path} is no torch file of tensors and plain values, nor safetensors: "
-                         f"{reason}") from None
+        reason = f"it holds a {refused[1]}" if refused else "damaged, or of another format"
+        raise ValueError(f"{path} is no torch file of tensors and plain values, nor safetensors: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content

@@ -228,7 +228,7 @@ def match(folder, pattern):
         return {}
     extension = pattern.endswith(".*")
     regex = re.escape(pattern[:-2] if extension else pattern).replace(r"\*", "([^/]+)")
-    regex = re.compile(regex + (r"\.(?:png|jpg|jpeg)" if extension else ""))
+    regex = re.compile(regex + (r"\.(?i:png|jpg|jpeg)" if extension else ""))
     found = {}
     for path in sorted(Path(folder).glob(pattern)):
         hit = regex.fullmatch(path.relative_to(folder).as_posix())
@@ -277,8 +277,8 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
              for image in scan(root, row.leaks_into, other)[1].get("image", {}).values()}
     samples = []
     for stars, image in parts["image"].items():
-        if re.search(row.skip, image) or Path(image).stem in leaks or only and not any(
-                word in stars or Path(image).name.startswith(word + "_") for word in only):
+        if re.search(row.skip, image) or Path(image).stem in leaks or \
+                only and not any(belongs(word, stars, image) for word in only):
             continue
         label = parts["label"].get(stars) if has_labels else None
         samples.append(Sample(image, label, parts["invalid"].get(stars) if label else None,
@@ -288,10 +288,16 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
     if has_labels and strict and missing:
         raise ValueError(f"{len(missing)} of {len(samples)} images of {name} {split} have no label, first "
                          f"{missing[0]}; expected {Path(root) / row.folder / layout.labels}")
-    if only and not samples:
-        raise ValueError(f"{name} {split} has nothing of {', '.join(only)}; `python data.py --data {root}` "
+    unmatched = [word for word in only if not any(belongs(word, stars, image) for stars, image in parts["image"].items())]
+    if unmatched:
+        raise ValueError(f"{name} {split} has nothing of {', '.join(unmatched)}; `python data.py --data {root}` "
                          "lists what there is")
     return samples[::row.stride]
+
+
+def belongs(word, stars, image):
+    """Whether an image is of the part `word` of its set: a folder, or the name's beginning up to "_"."""
+    return word in stars or Path(image).name.startswith(word + "_")
 
 
 MANIFEST = "manifest.csv"        # of a folder of pseudolabels: a row per label, first columns image, label
@@ -334,6 +340,10 @@ def gather_groups(root, specs, split, labelled=None):
             raise ValueError(f"no {split} images of {name}: looked for {looked}. Put the set there, or "
                              "name the data root with --data")
         spaces.setdefault(classes_of(root, name), name)
+    twice = [image for image, count in Counter(s.image for group in groups for s in group).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} and {len(twice) - 1} more images are named twice in {' '.join(specs)}; "
+                         "to weigh a set write NAME*WEIGHT")
     if len(spaces) > 1:
         raise ValueError(f"{' and '.join(spaces.values())} have different classes and cannot be mixed; "
                          "camvid_19 is CamVid in the 19 classes")
@@ -468,8 +478,8 @@ def read_sample(sample, classes):
     if sample.invalid is None:
         return pixels, ids, None
     with opened(sample.invalid, LABEL_MODES) as mask:
-        check_size(sample, native, mask.size, sample.invalid)
         invalid = np.asarray(mask)
+    check_size(sample, native, invalid.shape[::-1], sample.invalid)
     if invalid.max() > 1:
         raise ValueError(f"{sample.invalid}: values up to {invalid.max()}; expected 0 (valid) and 1 (invalid)")
     return pixels, ids, invalid.astype(bool)
@@ -586,7 +596,7 @@ def ignore_sigterm(worker):
 
 
 def collate(items):
-    """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory, ids (B, H, W), errors."""
+    """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory, ids (B, H, W), [errors]."""
     images, ids, errors = zip(*items)
     return torch.stack(images).permute(0, 3, 1, 2), torch.stack(ids), [e for e in errors if e is not None]
 
@@ -742,6 +752,10 @@ def parse_flags(config, about, argv=None):
             more["help"] += f" (default: {shown})"
         parser.add_argument("--" + item.name.replace("_", "-"), **more)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{name.replace('_', '-')} must be a finite number, found {number}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
@@ -1418,7 +1432,9 @@ def write_sample(root, seed, dataset, split, condition, k):
         save(labels, "gtFine", split, town, f"{stem}_gtFine_labelIds.png")
         return
     acdc = dataset == "acdc"
-    ride = f"GP01{k // 20 + 1:04d}" if acdc else "GOPR0356" if split == "val" else "GOPR0345"
+    ride = "GOPR0356" if split == "val" else "GOPR0345"
+    if acdc:             # no two of its images share a name: a submission is one flat folder
+        ride = f"GP{CONDITIONS.index(condition)}{('train', 'val', 'test').index(split)}{k // 20 + 1:04d}"
     folders, stem = (condition, split) if acdc else (split, condition), f"{ride}_frame_{k + 1:06d}"
     save(picture, "rgb_anon", *folders, ride, f"{stem}_rgb_anon.png")
     if split == "val" or acdc and split == "train":
@@ -1468,6 +1484,8 @@ def check(root, all_files=False, workers=0):
             absent.append(f"  {name:<18}{Path(root) / row.folder / row.layouts[0].images}")
         elif {"train", "val"} <= set(found):
             problems += shared_images(root, name)
+    if len(absent) == len(DATASETS):
+        problems.append(f"{root} holds none of the sets")
     print("\nnot found, and looked for (any {split} of the set):\n" + "\n".join(absent))
     return problems
 

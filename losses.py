@@ -38,9 +38,9 @@ def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
     if len(alphas) != len(bins) + 1:
         raise ValueError(f"{len(bins)} bins need {len(bins) + 1} alphas, found {len(alphas)}")
     squared = squared_boundary_distance(labels, bins[-1])
-    edges = torch.tensor([edge * edge for edge in bins], dtype=torch.int32, device=labels.device)
-    table = torch.tensor(alphas, dtype=torch.float32, device=labels.device)
-    weights = table[torch.bucketize(squared, edges, right=True)]       # right: d < edge, strictly
+    weights = torch.full(labels.shape, float(alphas[-1]), device=labels.device)
+    for edge, alpha in reversed(list(zip(bins, alphas))):              # no table: a copy to a GPU would wait
+        weights = weights.masked_fill(squared < edge * edge, alpha)    # strictly below
     return weights.masked_fill(labels == ignore, 0)
 
 

@@ -26,7 +26,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from data import (DATASETS, IGNORE, MANIFEST, EvalSet, Progress, Sample, find_samples, flag, is_first, parse_flags,
                   parse_spec, run_main, say, whole_file)
-from evaluate import autocast, end_processes, half_type, load_ensemble, start_processes
+from evaluate import (autocast, confidence, end_processes, half_type, load_ensemble, split_logits,
+                      start_processes)
 from swiftnet import predict
 
 CELLS = 4096                # of the confidence histograms behind --class-share
@@ -84,8 +85,8 @@ def label_path(out, root, image):
 
 def confident_ids(logits, temperature):
     """Train ids (H, W) and confidence (H, W) float32 of logits (C, H, W)."""
-    top, ids = logits.max(0)
-    return ids, 1 / ((logits - top) / temperature).exp().sum(0)
+    ids, below_top = split_logits(logits)
+    return ids.view(logits.shape[1:]), confidence(below_top, temperature).view(logits.shape[1:])
 
 
 def class_thresholds(models, samples, config, classes, device, rank, world):
@@ -101,8 +102,8 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     for _, logits in predictions(models, chosen[rank::world], config, device, "sampled"):
         if isinstance(logits, str):
             continue                                        # named when its turn comes
-        ids, confidence = confident_ids(logits, config.temperature)
-        cell = (confidence * CELLS).long().clamp(max=CELLS - 1)
+        ids, q = confident_ids(logits, config.temperature)
+        cell = (q * CELLS).long().clamp(max=CELLS - 1)
         histogram += torch.bincount((ids * CELLS + cell).flatten(), minlength=classes * CELLS).view(classes, CELLS)
     if world > 1:
         dist.all_reduce(histogram)
@@ -144,11 +145,11 @@ def label_pool(models, samples, thresholds, config, classes, device):
                 print(f"skipped: {logits}", flush=True)
                 bad.append(logits)
                 continue
-            ids, confidence = confident_ids(logits, config.temperature)
-            kept = confidence >= thresholds[ids]
+            ids, q = confident_ids(logits, config.temperature)
+            kept = q >= thresholds[ids]
             count = torch.bincount(ids[kept], minlength=classes).tolist()
             statistics = {"pool": sample.dataset, "kept": round(sum(count) / ids.numel(), 6),
-                          "confidence": round(confidence.double().mean().item(), 6), "pixels": count}
+                          "confidence": round(q.double().mean().item(), 6), "pixels": count}
             values = ids.masked_fill(~kept, IGNORE).to(torch.uint8).cpu().numpy()
             pending.append(pool.submit(write_label, label_path(config.out, config.data, sample.image), values, statistics))
             if len(pending) > 4 * WRITERS:                  # bounds memory, and lets a full disk speak

@@ -11,6 +11,8 @@ Grcic, "Large-scale semantic segmentation through multi-resolution processing an
 pseudolabeling", Vision for All Seasons, CVPR 2022 ("the deck").
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -102,20 +104,29 @@ def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretr
     return SwiftNet(features, num_classes, width or ladder_width(backbone), levels)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Model in eval mode and the whole state dict of a checkpoint that train.py wrote.
+CHECKPOINT = {"model": dict, "architecture": dict, "classes": tuple, "config": dict, "step": int, "total": int}
 
-    The state holds tensors and plain values only: "model", "architecture", "classes", "config", ...
+
+def read_checkpoint(path):
+    """The state dict of a checkpoint that train.py wrote: tensors and plain values, with the keys of CHECKPOINT.
+
     Raises FileNotFoundError or ValueError.
     """
     state = read_tensors(path)
-    if not isinstance(state.get("architecture"), dict) or not isinstance(state.get("model"), dict):
-        raise ValueError(f"{path} is no checkpoint of train.py (no 'architecture' in it); ImageNet "
-                         "weights go to --pretrained")
+    wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
+    if wrong or not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+        raise ValueError(f"{path} is no checkpoint of train.py (it lacks {', '.join(wrong) or 'tensors'}); "
+                         "ImageNet weights go to --pretrained")
+    return state
+
+
+def load_checkpoint(path, device="cpu"):
+    """Model in eval mode and the state dict (read_checkpoint) of a checkpoint of train.py."""
+    state = read_checkpoint(path)
     try:
         model = build(**state["architecture"])
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own architecture {state['architecture']}: "
                          f"{str(error).splitlines()[-1].strip()[:200]}") from None
     return model.to(device).eval(), state
@@ -211,4 +222,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -13,9 +13,11 @@ pseudolabeling", Vision for All Seasons, CVPR 2022.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
+import platform
 import signal
 import textwrap
 import time
@@ -23,19 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convnext import SIZES, load_pretrained, read_tensors
+from convnext import SIZES, load_pretrained
 from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts, classes_of,
                   clock, collate, draw_demo, flag, gather, gather_groups, ignore_sigterm, is_first, parse_flags, parse_spec,
                   run_main, say, whole_file)
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type, start_processes,
                       summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
-from swiftnet import build
+from swiftnet import build, read_checkpoint
 
 LR_END = 1e-7                 # lineage: the cosine ends here
 ADAM_BETAS = (0.9, 0.99)      # lineage
@@ -98,16 +101,19 @@ RECIPES = {
              "width": 64, "zoom": (0.75, 1.75), "steps": 400, "warmup": 20, "val_every": 1000},
 }
 # Flags that may differ between a run and its continuation: they do not change what is learned.
-FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "batch_per_process", "save_every",
-        "log_every", "workers")
+# batch_per_process is not among them: BatchNorm's statistics are those of one forward.
+FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "save_every", "log_every", "workers", "skip_bad")
 
 
 def settle(given):
     """The Config of a command line: defaults, then the recipe, then the flags given. Raises ValueError."""
     if "resume" in given:
-        base = read_tensors(last_checkpoint(given["resume"]))["config"]
+        path = last_checkpoint(given["resume"])
+        base = read_checkpoint(path)["config"]
+        if unknown := base.keys() - {item.name for item in dataclasses.fields(Config)}:
+            raise ValueError(f"{path} was written by another version: it has settings {', '.join(sorted(unknown))}")
     else:
-        if not given.get("demo") and not {"recipe", "data"} & given.keys() and not Path("data").is_dir():
+        if not given.get("demo") and not {"recipe", "data", "train", "val"} & given.keys() and not Path("data").is_dir():
             say("no --data given and no folder data/ here: training on the generated demo streets")
             given = {**given, "demo": True}
         if given.get("demo") and given.setdefault("recipe", "demo") != "demo":
@@ -120,8 +126,11 @@ def settle(given):
     for name in ("steps", "width", "warmup", "workers", "weight_decay", "seed", "skip_bad"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
-    if not (len(config.zoom) == 2 and 0 < config.zoom[0] <= config.zoom[1]):
-        raise ValueError(f"--zoom takes two numbers, 0 < low <= high; found {config.zoom}")
+    if not (len(config.zoom) == 2 and 0.01 <= config.zoom[0] <= config.zoom[1] <= 100):
+        raise ValueError(f"--zoom takes two numbers, 0.01 <= low <= high <= 100; found {shown(config.zoom)}")
+    for name, most in (("crop", 8192), ("seed", 1_000_000), ("workers", 256), ("batch", 100_000)):
+        if getattr(config, name) > most:
+            raise ValueError(f"--{name} must be at most {most}, found {getattr(config, name)}")
     if config.crop <= 32 * 2 ** (config.levels - 1):
         raise ValueError(f"--crop {config.crop} is not above the coarsest stride, {32 * 2 ** (config.levels - 1)}: "
                          "BatchNorm would see one value there")
@@ -135,13 +144,13 @@ def settle(given):
 
 def settle_data(config):
     """Config with the sets filled in that the data root offers, and the class names."""
-    if not Path(config.data).is_dir():
+    if not config.data or not Path(config.data).is_dir():
         raise ValueError(f"--data {config.data}: no such folder; expected a folder per set in it "
                          f"({', '.join(DEFAULT_MIX)}, ...)")
     train = config.train or tuple(annotated(config.data, "train"))
     if not train:
-        raise ValueError(f"{config.data} holds none of {', '.join(DEFAULT_MIX)}; `python data.py --data "
-                         f"{config.data}` shows what was looked for")
+        raise ValueError(f"{config.data} holds none of {', '.join(DEFAULT_MIX)}; `python data.py --data {config.data}` "
+                         "shows what was looked for, --train names other sets, --demo trains on generated streets")
     val = config.val or tuple(n for n in ("acdc", "cityscapes") if n in annotated(config.data, "val"))
     if not val:
         raise ValueError(f"{config.data} holds neither acdc nor cityscapes to validate on; name a set with --val")
@@ -155,24 +164,32 @@ def choose_run(config):
     """(folder, state to continue from or None) for this command; reads only.
 
     An unfinished run with the same settings is continued, a finished one stepped over (runs/demo-2, ...),
-    an unfinished one with other settings refused.
+    an unfinished one with other settings refused. A folder with a best.pt and no last.pt is left alone.
     """
     if config.resume:
         folder = last_checkpoint(config.resume).parent
-        state = read_tensors(folder / "last.pt")
+        state = read_checkpoint(folder / "last.pt")
         if state["step"] >= state["total"]:
             raise ValueError(f"--resume {folder}: this run is finished ({state['total']} steps)")
         refuse_changes(config, state, folder)
         return folder, state
-    base = Path(config.out or Path("runs") / config.recipe)
+    base = Path(os.path.normpath(config.out or f"runs/{config.recipe}"))
+    base = base if base.name else base.resolve()
+    if base.exists() and not base.is_dir():
+        raise ValueError(f"--out {base} is a file; expected a folder")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     for number in range(1, 10000):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        if not (folder / "last.pt").is_file():
+        if (folder / "last.pt").is_file():
+            state = read_checkpoint(folder / "last.pt")
+            if state["step"] < state["total"]:
+                refuse_changes(config, state, folder)
+                return folder, state
+            if restarted and not changes(config, state):     # it died after its last step: nothing is left to do
+                return folder, state
+        elif not (folder / "best.pt").is_file():
             return folder, None
-        state = read_tensors(folder / "last.pt")
-        if state["step"] < state["total"]:
-            refuse_changes(config, state, folder)
-            return folder, state
+    raise ValueError(f"{base} and its 9998 successors are all taken; clean up, or name another --out")
 
 
 def last_checkpoint(path):
@@ -183,13 +200,27 @@ def last_checkpoint(path):
     return last
 
 
+def changes(config, state):
+    """Settings that differ between a checkpoint and this command."""
+    return [f"--{name.replace('_', '-')} {shown(state['config'].get(name))} there, {shown(value)} here"
+            for name, value in dataclasses.asdict(config).items()
+            if name not in FREE and state["config"].get(name) != value]
+
+
 def refuse_changes(config, state, folder):
-    differing = [f"--{name.replace('_', '-')} {shown(state['config'].get(name))} there, {shown(value)} here"
-                 for name, value in dataclasses.asdict(config).items()
-                 if name not in FREE and state["config"].get(name) != value]
-    if differing:
+    if differing := changes(config, state):
         raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of {state['total']}) with other "
                          f"settings: {'; '.join(differing)}. Use those, another --out, or remove the folder")
+
+
+def refuse_other_data(folder, state, digest, world, dtype):
+    """Raise ValueError where the images changed since `state` was saved; say what else a reader must know."""
+    if state["data"] != digest:
+        raise ValueError(f"{folder} was trained on other files: {state['data']} there, {digest} here. Bring the data "
+                         "back, or start anew with --init and another --out")
+    if (state["world"], state["dtype"]) != (world, dtype):
+        say(f"{folder}: {state['world']} processes in {state['dtype']} before, {world} in {dtype} now: the "
+            "continuation is valid, but not bit for bit that of the old setup")
 
 
 def shown(value):
@@ -214,6 +245,8 @@ def hold(folder, rank):
             raise ValueError(f"{folder} is in use by another process; choose another --out") from None
         except OSError:                            # file systems without locks
             say(f"{folder} cannot be locked here; see that no second run writes to it")
+        for left in folder.glob(".*.tmp"):         # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
 
 
@@ -271,7 +304,7 @@ def architecture(config, classes):
             "width": config.width or None, "drop_path": config.drop_path, "layer_scale": config.layer_scale}
 
 
-def make_model(config, classes, state, rank):
+def make_model(config, classes, state):
     """The network on the CPU: continued, initialised from a checkpoint, ImageNet weights, or random."""
     torch.manual_seed(config.seed)
     model = build(**architecture(config, classes))
@@ -282,27 +315,26 @@ def make_model(config, classes, state, rank):
     if state is not None:
         model.load_state_dict(state["model"])
     elif config.init:
-        take_weights(model, config.init)
+        take_weights(model, config.init, classes)
     elif config.pretrained != "none":
-        if rank != 0:
-            dist.barrier()                     # rank 0 downloads first
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if not first:
+            dist.barrier()                     # one process of each machine downloads first
         load_pretrained(model.backbone, config.pretrained)
-        if rank == 0 and dist.is_initialized():
+        if first and dist.is_initialized():
             dist.barrier()
     return model
 
 
-def take_weights(model, path):
-    """Weights of a checkpoint of the same architecture; a head of another class count stays new."""
-    state = read_tensors(path).get("model")
-    if not isinstance(state, dict):
-        raise ValueError(f"--init {path}: no checkpoint of train.py; ImageNet weights go to --pretrained")
-    own = model.state_dict()
-    fresh = [name for name in ("head.2.weight", "head.2.bias")
-             if name in state and state[name].shape != own[name].shape]
-    if fresh:
-        say(f"--init {path}: {len(state['head.2.bias'])} classes there, {model.num_classes} here: new head")
-    state = {name: own[name] if name in fresh else tensor for name, tensor in state.items()}
+def take_weights(model, path, classes):
+    """Weights of a checkpoint of the same architecture; the head stays new where it knows other classes."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["model"]
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        say(f"--init {path}: {len(checkpoint['classes'])} classes there ({checkpoint['classes'][0]}, ...), "
+            f"{len(classes)} here ({classes[0]}, ...): new head")
+        own = model.state_dict()
+        state = {**state, **{name: own[name] for name in ("head.2.weight", "head.2.bias")}}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -321,7 +353,7 @@ def make_optimizer(model, config, device):
 
 
 def learning_rate(step, peak, warmup, total):
-    """Linear from 0 over `warmup` steps, then a cosine from `peak` to LR_END at the last step."""
+    """Linear to `peak` over `warmup` steps, then a cosine that would reach LR_END at step `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
@@ -404,17 +436,22 @@ class Steps:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def finite(self):
+        """Whether the last loss, the weights and the running statistics are finite here; a bool tensor."""
+        state = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        return torch.stack([self.loss.isfinite(), *(tensor.isfinite().all() for tensor in state)]).all()
+
     def mean_loss(self, step):
-        """Loss of the last step over all processes. Raises ValueError on all of them where one was not
-        finite, so nothing is saved after it."""
-        shared = torch.stack([self.loss, (~self.loss.isfinite()).float()])
+        """Loss of the last step over all processes. Raises ValueError on all of them where one loss, or what
+        the step made of the weights, is not finite: so nothing is saved after it."""
+        shared = torch.stack([self.loss, (~self.finite()).float()])
         if self.world > 1:
             dist.all_reduce(shared)
         loss, bad = (shared / self.world).tolist()
         first = int(self.bad_step) if self.bad_step >= 0 else step if bad else -1
         if first >= 0:
-            raise ValueError(f"the loss of step {first} is not finite; checkpoints before it are intact. Lower "
-                             "--lr, raise --warmup, or try --precision fp32")
+            raise ValueError(f"the loss of step {first}, or what it made of the weights, is not finite; checkpoints "
+                             "before it are intact. Lower --lr, raise --warmup, or try --precision fp32")
         return loss
 
 
@@ -442,7 +479,10 @@ def validate(model, samples, classes, config, rank, world, device):
     results = evaluate(model, samples, len(classes), device, precision=config.precision,
                        workers=min(config.workers, 4), rank=rank, world=world)
     model.train()
-    return {condition: group[0].compute() for condition, group in results.items()}
+    results = {condition: group[0].compute() for condition, group in results.items()}
+    if not results["all"]["pixels"]:
+        raise ValueError(f"--val {shown(config.val)}: not one labelled pixel in {len(samples)} images")
+    return results
 
 
 def scores(results):
@@ -467,13 +507,14 @@ def make_steps(config, classes, state, rank, world, device, total):
     """Model, optimizer and scaler, fresh or as `state` has them, in a Steps."""
     # Order of a resume: weights before DDP copies them, optimizer state once the parameters are on
     # the device. Data starts at the step reached; device randomness is seeded by step.
-    model = make_model(config, classes, state, rank).to(device).train()
+    model = make_model(config, classes, state).to(device).train()
     optimizer = make_optimizer(model, config, device)
     dtype = half_type(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
     network = wrap(model, config, device, world)
     return Steps(model, network, optimizer, scaler, config, device, dtype, rank, world, total)
 
@@ -484,6 +525,7 @@ def save(path, steps, classes, standing):
     with whole_file(path) as temporary:
         torch.save({"model": steps.model.state_dict(), "optimizer": steps.optimizer.state_dict(),
                     "scaler": steps.scaler.state_dict(), **standing, "total": steps.total,
+                    "world": steps.world, "dtype": str(steps.dtype or torch.float32),
                     "architecture": architecture(config, classes), "classes": tuple(classes),
                     "config": dataclasses.asdict(config), "torch": str(torch.__version__)}, temporary)
 
@@ -493,17 +535,35 @@ def train(config, rank, world, device):
     config, samples, weights, val_samples, classes = load_data(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
+    digest = data_digest(samples, weights, val_samples)
     folder, state = choose_run(config)      # every process looks; none writes before all have looked
+    if state and state["step"] >= state["total"]:
+        return say(f"{folder}: finished before this restart")
     steps = make_steps(config, classes, state, rank, world, device, total)
+    dtype = str(steps.dtype or torch.float32)
+    if state:
+        refuse_other_data(folder, state, digest, world, dtype)
+        state = {key: state[key] for key in ("step", "best", "untrained", "data")}      # lets go of the tensors
     with hold(folder, rank):
         log = Log(folder, rank, {"config": dataclasses.asdict(config), "world": world, "device": str(device),
-                                 "torch": str(torch.__version__), "images": len(samples), "total": total}, state)
-        standing = {key: state[key] for key in ("step", "best", "untrained")} if state else {"step": 0, "best": -1.0}
+                                 "versions": versions(), "images": len(samples), "total": total}, state)
+        standing = state or {"step": 0, "best": -1.0, "data": digest}
         say(f"{folder}: {'continued at step ' + str(standing['step']) if state else 'new'}; {len(samples)} images of "
             f"{shown(config.train)}, {steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on {world} x "
-            f"{device.type}, {str(steps.dtype or torch.float32)[6:]}, batch {config.batch}")
+            f"{device.type}, {dtype[6:]}, batch {config.batch}")
         batches = make_batches(samples, weights, classes, config, steps_per_epoch, standing["step"], total, rank, world, device)
         loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes)
+
+
+def data_digest(samples, weights, val_samples):
+    """A line that changes with the files that are trained and validated on, and their order."""
+    text = "\n".join([*(s.image for s in samples), *map(str, weights), *(s.image for s in val_samples)])
+    return f"{len(samples)} + {len(val_samples)} images {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+            "pillow": PIL.__version__}
 
 
 def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes):
@@ -521,6 +581,8 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
 
     if "untrained" not in standing:
         standing["untrained"] = scores(validated())
+        if rank == 0:                              # from here on there is a checkpoint to continue from
+            save(folder / "last.pt", steps, classes, standing)
     stopping, skipped = stop_on_sigterm(rank), Skipped(config.skip_bad, log)
     progress, note, parent = Progress(steps.total, "step", standing["step"]), "", os.getppid()
     for step, (images, ids, errors) in enumerate(batches, standing["step"]):
@@ -542,7 +604,7 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
                 standing["best"] = results["all"]["miou"]
                 if rank == 0:
                     save(folder / "best.pt", steps, classes, standing)
-        if rank == 0 and (saving or stopping and steps.loss.isfinite()):
+        if rank == 0 and (saving or stopping and steps.finite()):
             save(folder / "last.pt", steps, classes, standing)
         if rank == 0 and stopping:
             raise SystemExit(f"{folder}: stopped by SIGTERM after step {done}; the same command continues")
