@@ -4,7 +4,8 @@
     backbone = convnext("convnext_large", pretrained="in22k_1k_384")
     features = backbone(images)        # strides 4, 8, 16, 32
 
-Liu et al., "A ConvNet for the 2020s", CVPR 2022. The three sizes below nano follow the timm library.
+Liu et al., "A ConvNet for the 2020s", CVPR 2022. The three sizes below nano follow the
+timm library.
 """
 
 import json
@@ -28,8 +29,8 @@ SIZES = {  # name -> (blocks per stage, channels per stage)
     "convnext_xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
 
-# Published weights: size -> source -> file. The five large sizes come from the authors of the paper,
-# the four small ones from timm. XLarge was never trained on ImageNet-1k alone.
+# Published weights: size -> source -> file. The five large sizes come from the authors of the
+# paper, the four small ones from timm. XLarge was never trained on ImageNet-1k alone.
 AUTHORS = "https://dl.fbaipublicfiles.com/convnext/"
 TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-rsb-weights/"
 WEIGHTS = {
@@ -48,14 +49,16 @@ SOURCES = ("in1k", "in22k", "in22k_1k_384")
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W). In channels-last memory both permutes are free."""
+    """LayerNorm over the channels of (B, C, H, W).
+    In channels-last memory both permutes are free."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, LayerNorm, inverted bottleneck, layer scale; the residual is dropped per sample.
+    """Depthwise 7x7, LayerNorm, inverted bottleneck, layer scale;
+    the residual is dropped per sample.
 
     The pointwise convolutions are linear layers on (B, H, W, C): the same map, and the faster form
     in channels-last memory, where the permutes below only relabel the axes.
@@ -83,8 +86,9 @@ class ConvNeXt(nn.Module):
     """Feature maps of the four stages. Parameter names are those of the paper's code.
 
     depths, dims: blocks and channels per stage. drop_path: rate of the last block, rising linearly
-    from 0. layer_scale: initial gamma (1e-6 suits 300 epochs; short runs from scratch need about 0.1).
-    `checkpoint_blocks = True` recomputes each block in the backward pass and keeps only its input.
+    from 0. layer_scale: initial gamma (1e-6 suits 300 epochs; short runs from scratch need
+    about 0.1). `checkpoint_blocks = True` recomputes each block in the backward pass and keeps
+    only its input.
     """
 
     def __init__(self, depths, dims, drop_path=0.0, layer_scale=1e-6):
@@ -98,7 +102,8 @@ class ConvNeXt(nn.Module):
             if i == 0:
                 down = [nn.Conv2d(3, dim, 4, stride=4), ChannelNorm(dim, eps=1e-6)]
             else:
-                down = [ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, stride=2)]
+                down = [ChannelNorm(dims[i - 1], eps=1e-6),
+                        nn.Conv2d(dims[i - 1], dim, 2, stride=2)]
             self.downsample_layers.append(nn.Sequential(*down))
             first = sum(depths[:i])
             self.stages.append(nn.Sequential(
@@ -138,8 +143,8 @@ def convnext(name, pretrained=None, drop_path=0.0, layer_scale=1e-6):
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-# Each layout: (a name that only this layout has, [(pattern of its names, ours)], names to leave out).
-# What matches neither list is an error, so nothing is lost in silence.
+# Each layout: (a name that only this layout has, [(pattern of its names, ours)], names to leave
+# out). What matches neither list is an error, so nothing is lost in silence.
 LAYOUTS = {
     "facebook": (r"stages\.0\.0\.dwconv\.weight", [
         (r"(downsample_layers\.\d\.\d\.(?:weight|bias))", r"\1"),
@@ -153,8 +158,8 @@ LAYOUTS = {
         *((rf"features\.{2 * i + 1}\.(\d+)\.{theirs}", rf"stages.{i}.\1.{ours}")
           for i in range(4) for theirs, ours in (
               (r"block\.0\.(weight|bias)", r"dwconv.\2"), (r"block\.2\.(weight|bias)", r"norm.\2"),
-              (r"block\.3\.(weight|bias)", r"pwconv1.\2"), (r"block\.5\.(weight|bias)", r"pwconv2.\2"),
-              (r"layer_scale", "gamma"))),
+              (r"block\.3\.(weight|bias)", r"pwconv1.\2"),
+              (r"block\.5\.(weight|bias)", r"pwconv2.\2"), (r"layer_scale", "gamma"))),
     ], r"classifier\.[02]\.(weight|bias)"),
     "timm": (r"stages\.0\.blocks\.0\.conv_dw\.weight", [
         (r"stem\.([01])\.(weight|bias)", r"downsample_layers.0.\1.\2"),
@@ -165,11 +170,13 @@ LAYOUTS = {
         (r"stages\.(\d)\.blocks\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
     ], r"(norm_pre|head\.norm|head\.fc)\.(weight|bias)"),
     "huggingface": (r"(convnext\.)?encoder\.stages\.0\.layers\.0\.dwconv\.weight", [
-        (r"(?:convnext\.)?embeddings\.patch_embeddings\.(weight|bias)", r"downsample_layers.0.0.\1"),
+        (r"(?:convnext\.)?embeddings\.patch_embeddings\.(weight|bias)",
+         r"downsample_layers.0.0.\1"),
         (r"(?:convnext\.)?embeddings\.layernorm\.(weight|bias)", r"downsample_layers.0.1.\1"),
         (r"(?:convnext\.)?encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(weight|bias)",
          r"downsample_layers.\1.\2.\3"),
-        (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.(dwconv|pwconv1|pwconv2)\.(weight|bias)",
+        (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)"
+         r"\.(dwconv|pwconv1|pwconv2)\.(weight|bias)",
          r"stages.\1.\2.\3.\4"),
         (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(weight|bias)",
          r"stages.\1.\2.norm.\3"),
@@ -180,7 +187,8 @@ LAYOUTS = {
 
 
 def load_pretrained(backbone, source):
-    """Fill `backbone` from published weights, or raise ValueError / FileNotFoundError; no third way.
+    """Fill `backbone` from published weights, or raise ValueError / FileNotFoundError;
+    no third way.
 
     source: "in1k" | "in22k" | "in22k_1k_384" (looked up in WEIGHTS), a URL, a path (torch zip or
     safetensors, told apart by content) or a state dict, in the layout of the paper's authors,
@@ -200,10 +208,12 @@ def load_pretrained(backbone, source):
 
     expected = backbone.state_dict()
     for name, tensor in state.items():
-        # torchvision keeps gamma as (C, 1, 1), timm's small sizes linear weights as 1x1 convolutions.
+        # torchvision keeps gamma as (C, 1, 1), timm's small sizes linear weights as 1x1
+        # convolutions.
         if name in expected and tensor.shape == (*expected[name].shape, 1, 1):
             state[name] = tensor.reshape(expected[name].shape)
-    wrong = [f"{name} is {tuple(state[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+    wrong = [f"{name} is {tuple(state[name].shape)} in the file, "
+             f"{tuple(expected[name].shape)} in the model"
              for name in expected if name in state and state[name].shape != expected[name].shape]
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -211,13 +221,15 @@ def load_pretrained(backbone, source):
         raise ValueError(f"{where} does not fit this backbone (depths {backbone.depths}, dims "
                          f"{backbone.dims}): " + "; ".join(
                              f"{title}: {shorten(names)}" for title, names in
-                             (("wrong shape", wrong), ("missing", missing), ("unexpected", unexpected))
+                             (("wrong shape", wrong), ("missing", missing),
+                              ("unexpected", unexpected))
                              if names) + ". Choose the backbone that the file was made for")
     backbone.load_state_dict(state)
 
 
 def rename(state, where):
-    """The state dict under this module's names. Raises ValueError for a layout that is not known."""
+    """The state dict under this module's names. Raises ValueError for a layout that is
+    not known."""
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     for marker, rules, left_out in LAYOUTS.values():
         if not any(re.fullmatch(marker, name) for name in state):
@@ -244,7 +256,8 @@ def shorten(names, most=8):
 
 
 def published_url(backbone, source):
-    """URL of the published weights of this backbone's size. Raises ValueError for a pair not published."""
+    """URL of the published weights of this backbone's size.
+    Raises ValueError for a pair not published."""
     for name, shape in SIZES.items():
         if shape == (backbone.depths, backbone.dims):
             if source in WEIGHTS[name]:
@@ -265,15 +278,16 @@ def download(url):
         try:                                     # writes a temporary file and renames it
             torch.hub.download_url_to_file(url, path, digest and digest[1], progress=False)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"cannot fetch {url} ({error}); download it elsewhere and put it "
-                                    f"at {path}, or name a file of your own") from None
+            raise FileNotFoundError(f"cannot fetch {url} ({error}); download it elsewhere and put "
+                                    f"it at {path}, or name a file of your own") from None
     return path
 
 
 def read_tensors(path):
     """Contents of a torch file (plain values only) or a safetensors file, told apart by content.
 
-    Returns the dict that the file holds, tensors on the CPU. Raises FileNotFoundError or ValueError.
+    Returns the dict that the file holds, tensors on the CPU.
+    Raises FileNotFoundError or ValueError.
     """
     try:
         with open(path, "rb") as file:
@@ -284,10 +298,11 @@ def read_tensors(path):
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:     # torch.load raises a dozen kinds for a damaged file; all mean this
+    except Exception as error:   # torch.load raises a dozen kinds for a damaged file; all mean this
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         reason = f"it holds a {refused[1]}" if refused else "damaged, or of another format"
-        raise ValueError(f"{path} is no torch file of tensors and plain values, nor safetensors: {reason}") from None
+        raise ValueError(f"{path} is no torch file of tensors and plain values, nor safetensors: "
+                         f"{reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content

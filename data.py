@@ -3,9 +3,10 @@
     python data.py --data data          lists what was found, checks it, exit status 2 where wrong
     python data.py --make-demo          draws the demo streets into demo/
 
-A data root holds a folder per set, unpacked as its authors ship it; nothing is renamed or rewritten.
-Here also live the few helpers that every script needs: flags from a dataclass, the one-line error,
-whole-file writing, progress.
+A data root holds a folder per set, unpacked as its authors ship it; nothing is renamed or
+rewritten.
+Here also live the few helpers that every script needs: flags from a dataclass, the
+one-line error, whole-file writing, progress.
 """
 
 import argparse
@@ -46,8 +47,8 @@ PALETTE = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 
            (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
            (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
            (0, 80, 100), (0, 0, 230), (119, 11, 32))
-CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car",
-                  "pedestrian", "bicyclist")
+CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence",
+                  "car", "pedestrian", "bicyclist")
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
                   (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
                   (0, 128, 192))
@@ -55,29 +56,33 @@ MEAN_COLOUR = (124, 116, 104)      # ImageNet mean, rounded: the colour of paddi
 
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
 # A value beyond its table is an error; 255 means "ignore" in every set.
-CITYSCAPES_TABLE = (255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6,
-                    7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18, 255)   # 34: licence plate
-VISTAS_TABLE = (255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0, 255,
-                9, 10, 9, 9, 8, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 5,
-                7, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255, 17, 16, 255, 255, 14, 255, 255, 255, 255)
-VISTAS_CONSERVATIVE = (255, 255, 1, 4, 255, 255, 3, 255, 255, 255, 255, 255, 255, 0, 255, 1, 255, 2, 255,
-                       11, 12, 12, 12, 255, 0, 255, 255, 10, 255, 9, 8, 255, 255, 255, 255, 255, 255, 255,
-                       255, 255, 255, 0, 255, 255, 255, 5, 255, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255,
-                       17, 16, 255, 255, 14, 255, 255, 255, 255)
-WILDDASH_TABLE = (255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7,
-                  8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18, 14, 13, 255, 255, 0, 255, 255, 0,
-                  255, 0, 255, 5, 5, 12, 12, 12, 255, 255, 1, 255, 255, 255, 3, 255, 17, 255, 255, 0, 255,
-                  255, 0, 1, 255, 255, 255, 255, 0, 255, 255, 255, 0, 0, 0, 1, 9, 0, 1)
+CITYSCAPES_TABLE = (255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5,
+                    255, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18,
+                    255)   # 34: licence plate
+VISTAS_TABLE = (255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0,
+                255, 9, 10, 9, 9, 8, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+                255, 255, 5, 7, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255, 17, 16, 255, 255, 14, 255,
+                255, 255, 255)
+VISTAS_CONSERVATIVE = (255, 255, 1, 4, 255, 255, 3, 255, 255, 255, 255, 255, 255, 0, 255, 1, 255, 2,
+                       255, 11, 12, 12, 12, 255, 0, 255, 255, 10, 255, 9, 8, 255, 255, 255, 255,
+                       255, 255, 255, 255, 255, 255, 0, 255, 255, 255, 5, 255, 5, 6, 255, 7, 255,
+                       18, 255, 15, 13, 255, 17, 16, 255, 255, 14, 255, 255, 255, 255)
+WILDDASH_TABLE = (255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255,
+                  6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18, 14, 13, 255, 255, 0,
+                  255, 255, 0, 255, 0, 255, 5, 5, 12, 12, 12, 255, 255, 1, 255, 255, 255, 3, 255,
+                  17, 255, 255, 0, 255, 255, 0, 1, 255, 255, 255, 255, 0, 255, 255, 255, 0, 0, 0, 1,
+                  9, 0, 1)
 CAMVID_TABLE = (*range(11), 255)
 CAMVID_TO_19 = (10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 12, 255)
 ADE20K_TABLE = (255, *range(150))
 
 
 def generated_palette(count):
-    """`count` distinct colours for label spaces that bring none: hues by the golden angle, five shades."""
+    """`count` distinct colours for label spaces that bring none: hues by the golden angle,
+    five shades."""
     hue = (np.arange(count) * 0.618034 % 1)[:, None]
     shade = 255 - 35 * (np.arange(count) % 5)[:, None]
-    wave = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1            # red, green, blue over hue
+    wave = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1   # red, green, blue over hue
     return tuple(tuple(int(c) for c in row) for row in (0.2 + 0.8 * np.clip(wave, 0, 1)) * shade)
 
 
@@ -87,15 +92,15 @@ def generated_palette(count):
 class Layout:
     """Where the files of one unpacking lie, below the set's folder.
 
-    "{split}" is the split's own name on disk. "*" stands for one name or part of one, ".*" at the end
-    for .png, .jpg or .jpeg. The stars of an image fill the stars of its label, invalid mask and
+    "{split}" is the split's own name on disk. "*" stands for one name or part of one, ".*" at the
+    end for .png, .jpg or .jpeg. The stars of an image fill the stars of its label, invalid mask and
     reference in order, which is the whole pairing rule.
     """
     images: str
     labels: str | None = None
-    invalid: str | None = None       # 255 x (H, W): 1 where annotators could not recognise the pixel
-    reference: str | None = None     # same place in clear weather, to look at
-    segments: str | None = None      # COCO panoptic json: label = R + 256 G + 65536 B -> category
+    invalid: str | None = None      # 255 x (H, W): 1 where annotators could not recognise the pixel
+    reference: str | None = None    # same place in clear weather, to look at
+    segments: str | None = None     # COCO panoptic json: label = R + 256 G + 65536 B -> category
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,17 @@ class Dataset:
     classes: tuple | None = CLASSES  # None: one name per line in classes.txt of the folder
     palette: tuple | None = PALETTE
     condition: typing.Callable = lambda stars: "clear"        # from the stars of an image
-    skip: str = r"(?!)"              # images to leave out, by regular expression on the path
-    stride: int = 1                  # take every n-th image (consecutive video frames)
-    leaks_into: str | None = None    # drop images whose stem is in train or val of that set
-    role: str = "annotated"          # "annotated": part of the default training mix; "named"; "pool"
+    skip: str = r"(?!)"             # images to leave out, by regular expression on the path
+    stride: int = 1                 # take every n-th image (consecutive video frames)
+    leaks_into: str | None = None   # drop images whose stem is in train or val of that set
+    role: str = "annotated"         # "annotated": part of the default training mix; "named"; "pool"
 
 
 def acdc_layout(images, labels):
-    return Layout(images + "/*/{split}/*/*_rgb_anon.png", labels + "/*/{split}/*/*_gt_labelTrainIds.png",
-                  labels + "/*/{split}/*/*_gt_invIds.png", images + "/*/{split}_ref/*/*_rgb_ref_anon.png")
+    return Layout(images + "/*/{split}/*/*_rgb_anon.png",
+                  labels + "/*/{split}/*/*_gt_labelTrainIds.png",
+                  labels + "/*/{split}/*/*_gt_invIds.png",
+                  images + "/*/{split}_ref/*/*_rgb_ref_anon.png")
 
 
 def camvid(table, classes, palette, about):
@@ -128,8 +135,10 @@ def camvid(table, classes, palette, about):
                    condition=lambda stars: drives.get(stars[0].split("_")[0], "day"))
 
 
-CITYSCAPES = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png")
-COARSE = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png", "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")
+CITYSCAPES = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png",
+                    "gtFine/{split}/*/*_gtFine_labelIds.png")
+COARSE = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png",
+                "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")
 TRAINING = {"train": "training", "val": "validation", "test": "testing"}
 DATASETS = {
     "cityscapes": Dataset("cityscapes", (CITYSCAPES,), "fine annotations", table=CITYSCAPES_TABLE),
@@ -152,7 +161,8 @@ DATASETS = {
         "acdc", (acdc_layout("rgb_anon", "gt"),
                  acdc_layout("rgb_anon_trainvaltest/rgb_anon", "gt_trainval/gt")),
         "Adverse Conditions Dataset with Correspondences", condition=lambda stars: stars[0]),
-    "camvid": camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE, "SegNet copy, 11 classes of its own"),
+    "camvid": camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE,
+                     "SegNet copy, 11 classes of its own"),
     "camvid_19": camvid(CAMVID_TO_19, CLASSES, PALETTE, "the same, mapped to the 19 classes"),
     "ade20k": Dataset(
         "ADEChallengeData2016", (Layout("images/{split}/*.jpg", "annotations/{split}/*.png"),),
@@ -165,7 +175,8 @@ DATASETS = {
         condition=lambda stars: "all", role="named"),
     "dark_zurich": Dataset(
         "dark_zurich", (Layout("rgb_anon/{split}/*/*/*_rgb_anon.png",
-                               "gt/{split}/*/*/*_gt_labelTrainIds.png", "gt/{split}/*/*/*_gt_invIds.png"),),
+                               "gt/{split}/*/*/*_gt_labelTrainIds.png",
+                               "gt/{split}/*/*/*_gt_invIds.png"),),
         "day, twilight, night; labels for val only", unlabelled=("train", "test"), role="pool",
         condition=lambda stars: stars[0]),
     "cadc": Dataset(
@@ -182,11 +193,11 @@ DATASETS = {
         "nightcity", (Layout("NightCity-images/images/{split}/*.png",
                              "NightCity-label/label/{split}/*_labelIds.png"),
                       Layout("images/{split}/*.png", "label/{split}/*_labelIds.png")),
-        "a pool in the deck; its labels may be trained on by name", table=CITYSCAPES_TABLE, role="pool",
-        condition=lambda stars: "night"),
+        "a pool in the deck; its labels may be trained on by name", table=CITYSCAPES_TABLE,
+        role="pool", condition=lambda stars: "night"),
     "stf": Dataset(
-        "stf", (Layout("cam_stereo_left_lut/*.png"),), "Seeing Through Fog", {"train": ""}, ("train",),
-        role="pool"),
+        "stf", (Layout("cam_stereo_left_lut/*.png"),), "Seeing Through Fog", {"train": ""},
+        ("train",), role="pool"),
     "bdd100k_100k": Dataset(
         "bdd100k", (Layout("images/100k/{split}/*.jpg"),), "without the images of BDD100K 10K",
         unlabelled=("train", "val", "test"), role="pool", leaks_into="bdd100k"),
@@ -205,14 +216,16 @@ class Sample(typing.NamedTuple):
 
 
 def parse_spec(spec):
-    """"name:a,b*2" -> ("name", ("a", "b"), 2.0): a set, the parts of it to keep, its weight in the mix.
+    """"name:a,b*2" -> ("name", ("a", "b"), 2.0): a set, the parts of it to keep,
+    its weight in the mix.
 
     A name may also be a folder of pseudolabels (one with a manifest.csv).
     """
     name, star, weight = spec.rpartition("*") if "*" in spec else (spec, "", "1")
     name, _, only = name.partition(":")
     if name not in DATASETS and not (Path(name) / MANIFEST).is_file():
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}, and folders with {MANIFEST}")
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}, and folders "
+                         f"with {MANIFEST}")
     try:
         weight = float(weight)
     except ValueError:
@@ -234,7 +247,8 @@ def match(folder, pattern):
         hit = regex.fullmatch(path.relative_to(folder).as_posix())
         if hit and not path.name.startswith("."):
             if hit.groups() in found:
-                raise ValueError(f"two files for one image: {found[hit.groups()]} and {path}; remove one")
+                raise ValueError(f"two files for one image: {found[hit.groups()]} and {path}; "
+                                 "remove one")
             found[hit.groups()] = str(path)
     return found
 
@@ -242,14 +256,16 @@ def match(folder, pattern):
 def scan(root, name, split):
     """(layout, {"image" | "label" | "invalid" | "reference": {stars: path}}) of one split on disk.
 
-    The layout is the first with images, one with labels before one without; None where nothing is found.
+    The layout is the first with images, one with labels before one without;
+    None where nothing is found.
     """
     row = DATASETS[name]
     folder, best = Path(root) / row.folder, (None, {})
     for layout in row.layouts if split in row.splits and folder.is_dir() else ():
         parts = {kind: match(folder, pattern and pattern.format(split=row.splits[split]))
                  for kind, pattern in (("image", layout.images), ("label", layout.labels),
-                                       ("invalid", layout.invalid), ("reference", layout.reference))}
+                                       ("invalid", layout.invalid),
+                                       ("reference", layout.reference))}
         if parts["image"] and (best[0] is None or parts["label"] and not best[1]["label"]):
             best = layout, parts
     return best
@@ -258,10 +274,10 @@ def scan(root, name, split):
 def find_samples(root, name, split, only=(), labelled=None, strict=True):
     """Samples of one split, sorted by path; [] where nothing of the set is there.
 
-    only: keep images with a folder, or a beginning of the file name up to "_", among these (Cityscapes:
-    cities; ACDC: conditions or sequences; CamVid: drives). labelled: True demands a label for every
-    image, False takes none, None reads them where the split has them. strict=False lets images without
-    label pass. Raises ValueError.
+    only: keep images with a folder, or a beginning of the file name up to "_", among these
+    (Cityscapes: cities; ACDC: conditions or sequences; CamVid: drives). labelled: True demands a
+    label for every image, False takes none, None reads them where the split has them. strict=False
+    lets images without label pass. Raises ValueError.
     """
     if name not in DATASETS:
         return pseudo_samples(root, name) if split == "train" else []
@@ -272,7 +288,8 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
     if layout is None:
         return []
     has_labels = split not in row.unlabelled if labelled is None else labelled
-    segments = read_segments(Path(root) / row.folder / layout.segments) if has_labels and layout.segments else {}
+    segments = (read_segments(Path(root) / row.folder / layout.segments)
+                if has_labels and layout.segments else {})
     leaks = {Path(image).stem for other in ("train", "val") if row.leaks_into
              for image in scan(root, row.leaks_into, other)[1].get("image", {}).values()}
     samples = []
@@ -283,29 +300,35 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
         label = parts["label"].get(stars) if has_labels else None
         samples.append(Sample(image, label, parts["invalid"].get(stars) if label else None,
                               parts["reference"].get(stars), name, row.condition(stars),
-                              segments.get(Path(label).name, ()) if label and layout.segments else None))
+                              segments.get(Path(label).name, ())
+                              if label and layout.segments else None))
     missing = [sample.image for sample in samples if sample.label is None]
     if has_labels and strict and missing:
-        raise ValueError(f"{len(missing)} of {len(samples)} images of {name} {split} have no label, first "
-                         f"{missing[0]}; expected {Path(root) / row.folder / layout.labels}")
-    unmatched = [word for word in only if not any(belongs(word, stars, image) for stars, image in parts["image"].items())]
+        raise ValueError(f"{len(missing)} of {len(samples)} images of {name} {split} have no "
+                         f"label, first {missing[0]}; expected "
+                         f"{Path(root) / row.folder / layout.labels}")
+    unmatched = [word for word in only
+                 if not any(belongs(word, stars, image) for stars, image in parts["image"].items())]
     if unmatched:
-        raise ValueError(f"{name} {split} has nothing of {', '.join(unmatched)}; `python data.py --data {root}` "
-                         "lists what there is")
+        raise ValueError(f"{name} {split} has nothing of {', '.join(unmatched)}; `python data.py "
+                         f"--data {root}` lists what there is")
     return samples[::row.stride]
 
 
 def belongs(word, stars, image):
-    """Whether an image is of the part `word` of its set: a folder, or the name's beginning up to "_"."""
+    """Whether an image is of the part `word` of its set: a folder,
+    or the name's beginning up to "_"."""
     return word in stars or Path(image).name.startswith(word + "_")
 
 
-MANIFEST = "manifest.csv"        # of a folder of pseudolabels: a row per label, first columns image, label
+# of a folder of pseudolabels: a row per label, first columns image, label
+MANIFEST = "manifest.csv"
 
 
 def pseudo_samples(root, folder):
-    """Samples of a folder of pseudolabels: manifest.csv names images below the data root and labels, train
-    ids, below the folder. Where it has a column "selected", rows without a 1 there are left out."""
+    """Samples of a folder of pseudolabels: manifest.csv names images below the data root and
+    labels, train ids, below the folder. Where it has a column "selected", rows without a 1 there
+    are left out."""
     path = Path(folder) / MANIFEST
     samples = []
     with open(path, newline="") as file:
@@ -314,11 +337,13 @@ def pseudo_samples(root, folder):
             raise ValueError(f"{path}: expected columns image and label, found {rows.fieldnames}")
         for number, row in enumerate(rows, 2):
             names = row["image"], row["label"]
-            if None in row or not all(names) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in names):
-                raise ValueError(f"{path}, line {number}: image and label must be paths below {root} and {folder}")
+            if None in row or not all(names) or any(
+                    Path(n).is_absolute() or ".." in Path(n).parts for n in names):
+                raise ValueError(f"{path}, line {number}: image and label must be paths below "
+                                 f"{root} and {folder}")
             if row.get("selected", "1") == "1":
-                samples.append(Sample(str(Path(root) / names[0]), str(Path(folder) / names[1]), None, None,
-                                      str(folder), "pseudo"))
+                samples.append(Sample(str(Path(root) / names[0]), str(Path(folder) / names[1]),
+                                      None, None, str(folder), "pseudo"))
     return samples
 
 
@@ -335,18 +360,20 @@ def gather_groups(root, specs, split, labelled=None):
         groups.append(find_samples(root, name, split, only, labelled))
         if not groups[-1]:
             row = DATASETS.get(name)
-            looked = Path(root) / row.folder / row.layouts[0].images.format(
-                split=row.splits.get(split, split)) if row else f"selected rows of {name}/{MANIFEST}"
-            raise ValueError(f"no {split} images of {name}: looked for {looked}. Put the set there, or "
-                             "name the data root with --data")
+            looked = (Path(root) / row.folder / row.layouts[0].images.format(
+                          split=row.splits.get(split, split))
+                      if row else f"selected rows of {name}/{MANIFEST}")
+            raise ValueError(f"no {split} images of {name}: looked for {looked}. Put the set "
+                             "there, or name the data root with --data")
         spaces.setdefault(classes_of(root, name), name)
-    twice = [image for image, count in Counter(s.image for group in groups for s in group).items() if count > 1]
+    twice = [image for image, count in Counter(s.image for group in groups for s in group).items()
+             if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]} and {len(twice) - 1} more images are named twice in {' '.join(specs)}; "
-                         "to weigh a set write NAME*WEIGHT")
+        raise ValueError(f"{twice[0]} and {len(twice) - 1} more images are named twice in "
+                         f"{' '.join(specs)}; to weigh a set write NAME*WEIGHT")
     if len(spaces) > 1:
-        raise ValueError(f"{' and '.join(spaces.values())} have different classes and cannot be mixed; "
-                         "camvid_19 is CamVid in the 19 classes")
+        raise ValueError(f"{' and '.join(spaces.values())} have different classes and cannot be "
+                         "mixed; camvid_19 is CamVid in the 19 classes")
     return groups
 
 
@@ -357,7 +384,8 @@ def classes_of(root, name):
         return row.classes
     path = Path(root) / row.folder / "classes.txt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: write one class name per line, in the order of the ids")
+        raise FileNotFoundError(f"{path} is missing: write one class name per line, in the order "
+                                "of the ids")
     classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     if not 2 <= len(classes) <= 255:
         raise ValueError(f"{path} has {len(classes)} class names; expected 2 to 255")
@@ -373,7 +401,8 @@ def palette_of(classes):
 def annotated(root, split):
     """Names of the sets of the default mix that have images of this split below `root`."""
     return [name for name, row in DATASETS.items()
-            if row.role == "annotated" and split not in row.unlabelled and scan(root, name, split)[1].get("label")]
+            if row.role == "annotated" and split not in row.unlabelled
+            and scan(root, name, split)[1].get("label")]
 
 
 def read_segments(path):
@@ -383,7 +412,8 @@ def read_segments(path):
         return {item["file_name"]: tuple((s["id"], s["category_id"]) for s in item["segments_info"])
                 for item in content["annotations"]}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; it belongs to the panoptic labels beside it") from None
+        raise FileNotFoundError(f"{path} is missing; it belongs to the panoptic labels "
+                                "beside it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the panoptic json of this set: {error!r}") from None
 
@@ -392,7 +422,8 @@ def read_segments(path):
 
 @contextlib.contextmanager
 def opened(path, modes):
-    """A Pillow image of one of these modes. Whatever is wrong becomes a ValueError that names the file."""
+    """A Pillow image of one of these modes. Whatever is wrong becomes a ValueError that names
+    the file."""
     try:
         with Image.open(path) as image:
             if image.mode not in modes:
@@ -405,15 +436,17 @@ def opened(path, modes):
         raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from None
 
 
-IMAGE_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr")     # 8 bits a channel: all of them to RGB
+# 8 bits a channel: all of them to RGB
+IMAGE_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr")
 LABEL_MODES = ("L", "P")                                        # P: the index is the label
 
 
 def read_image(path, zoom=1.0):
-    """RGB Pillow image in raw pixel order (EXIF rotation is left alone, as labels know none), native size.
+    """RGB Pillow image in raw pixel order (EXIF rotation is left alone, as labels know none),
+    native size.
 
-    With zoom <= 1/2 a JPEG is decoded at the smallest of 1/2, 1/4, 1/8 that is not below zoom: returns
-    (image, (native width, native height)).
+    With zoom <= 1/2 a JPEG is decoded at the smallest of 1/2, 1/4, 1/8 that is not below zoom:
+    returns (image, (native width, native height)).
     """
     with opened(path, IMAGE_MODES) as image:
         native = image.size
@@ -430,19 +463,22 @@ def label_values(dataset, classes):
 
 @functools.lru_cache
 def lookup(dataset, classes):
-    """(table, known): 256 bytes that translate a label value to a train id; the values that have a meaning."""
+    """(table, known): 256 bytes that translate a label value to a train id;
+    the values that have a meaning."""
     values = label_values(dataset, classes)
     table = bytes(values) + bytes([IGNORE]) * (256 - len(values))
     return table, bytes({*range(len(values)), IGNORE})
 
 
 def to_train_ids(values, sample, classes):
-    """(H, W) uint8 label values of a file -> (H, W) uint8 train ids. Raises ValueError for unknown values."""
+    """(H, W) uint8 label values of a file -> (H, W) uint8 train ids.
+    Raises ValueError for unknown values."""
     table, known = lookup(sample.dataset, classes)
     raw = values.tobytes()                                   # bytes.translate: a byte a step, in C
     if strange := raw.translate(None, known):
-        raise ValueError(f"{sample.label}: label values {sorted(set(strange))[:8]} have no meaning in "
-                         f"{sample.dataset}; expected 0..{len(label_values(sample.dataset, classes)) - 1} or {IGNORE}")
+        raise ValueError(f"{sample.label}: label values {sorted(set(strange))[:8]} have no meaning "
+                         f"in {sample.dataset}; expected "
+                         f"0..{len(label_values(sample.dataset, classes)) - 1} or {IGNORE}")
     return np.frombuffer(bytearray(raw.translate(table)), np.uint8).reshape(values.shape)
 
 
@@ -462,8 +498,8 @@ def open_label(sample):
 
 def check_size(sample, native, other, path):
     if other != native:
-        raise ValueError(f"{path} is {other[0]}x{other[1]}, its image {sample.image} {native[0]}x{native[1]}; "
-                         "they do not belong together")
+        raise ValueError(f"{path} is {other[0]}x{other[1]}, its image {sample.image} "
+                         f"{native[0]}x{native[1]}; they do not belong together")
 
 
 def read_sample(sample, classes):
@@ -481,22 +517,24 @@ def read_sample(sample, classes):
         invalid = np.asarray(mask)
     check_size(sample, native, invalid.shape[::-1], sample.invalid)
     if invalid.max() > 1:
-        raise ValueError(f"{sample.invalid}: values up to {invalid.max()}; expected 0 (valid) and 1 (invalid)")
+        raise ValueError(f"{sample.invalid}: values up to {invalid.max()}; expected 0 (valid) "
+                         "and 1 (invalid)")
     return pixels, ids, invalid.astype(bool)
 
 
 # --- augmentation -------------------------------------------------------------------------------
 
-LARGEST_SHORT_SIDE = 1080          # larger photos are brought to this first (Vistas: up to 24 megapixels)
+LARGEST_SHORT_SIDE = 1080    # larger photos are brought to this first (Vistas: up to 24 megapixels)
 
 
 def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=None, jitter=0.0):
     """Random zoom, crop and flip of one sample (deck, appendix).
 
-    Returns image (crop, crop, 3) uint8 and train ids (crop, crop) uint8, padded right and below with the
-    mean colour and IGNORE. Only the crop is interpolated: resize(box=...) equals resizing everything
-    and cropping. wanted: a train id that the crop shall contain, if the image does. jitter: brightness,
-    contrast and saturation are scaled by factors in [1 - jitter, 1 + jitter]. All randomness is `rng`'s.
+    Returns image (crop, crop, 3) uint8 and train ids (crop, crop) uint8, padded right and below
+    with the mean colour and IGNORE. Only the crop is interpolated: resize(box=...) equals resizing
+    everything and cropping. wanted: a train id that the crop shall contain, if the image does.
+    jitter: brightness, contrast and saturation are scaled by factors in [1 - jitter, 1 + jitter].
+    All randomness is `rng`'s.
     """
     label = open_label(sample)
     width, height = label.size
@@ -537,24 +575,26 @@ def blank(crop):
 
 
 def corner_near(wanted, label, sample, classes, rng, scaled, size, room):
-    """Corner of a crop that holds a random pixel of class `wanted`; None where the label has none."""
+    """Corner of a crop that holds a random pixel of class `wanted`;
+    None where the label has none."""
     found = np.flatnonzero(to_train_ids(np.asarray(label), sample, classes) == wanted)
     if not len(found):
         return None
     y, x = divmod(int(found[rng.integers(len(found))]), label.size[0])
     centre = int((x + 0.5) * scaled[0] / label.size[0]), int((y + 0.5) * scaled[1] / label.size[1])
-    return tuple(int(np.clip(c - rng.integers(s), 0, most)) for c, s, most in zip(centre, size, room))
+    return tuple(int(np.clip(c - rng.integers(s), 0, most))
+                 for c, s, most in zip(centre, size, room))
 
 
 # --- sampling -----------------------------------------------------------------------------------
 
 class TrainSet(torch.utils.data.Dataset):
-    """Augmented samples. A key is (epoch, position in the epoch, index of the sample, class to show or -1),
-    so an item is a function of (seed, key) alone, whichever worker makes it.
+    """Augmented samples. A key is (epoch, position in the epoch, index of the sample, class to show
+    or -1), so an item is a function of (seed, key) alone, whichever worker makes it.
 
-    Items are (image (H, W, 3) uint8, ids (H, W) uint8, error or None). A file that cannot be read gives a
-    blank crop and the message, for the training loop to raise or to count: an exception inside a
-    worker would come out wrapped in a traceback.
+    Items are (image (H, W, 3) uint8, ids (H, W) uint8, error or None). A file that cannot be read
+    gives a blank crop and the message, for the training loop to raise or to count: an exception
+    inside a worker would come out wrapped in a traceback.
     """
 
     def __init__(self, samples, classes, crop, zoom, seed, jitter=0.0):
@@ -574,7 +614,8 @@ class TrainSet(torch.utils.data.Dataset):
 
 
 class EvalSet(torch.utils.data.Dataset):
-    """Whole samples: (index, image uint8, ids uint8 or None, invalid bool or None), or (index, error)."""
+    """Whole samples: (index, image uint8, ids uint8 or None, invalid bool or None),
+    or (index, error)."""
 
     def __init__(self, samples, classes):
         self.samples, self.classes = samples, classes
@@ -587,26 +628,31 @@ class EvalSet(torch.utils.data.Dataset):
             parts = read_sample(self.samples[index], self.classes)
         except (ValueError, OSError) as error:
             return index, str(error)
-        return index, *(None if part is None else torch.from_numpy(np.array(part)) for part in parts)
+        return index, *(None if part is None else torch.from_numpy(np.array(part))
+                        for part in parts)
 
 
 def ignore_sigterm(worker):
-    """For loader workers: torchrun sends SIGTERM to them too, while their process still has a step to end."""
+    """For loader workers: torchrun sends SIGTERM to them too,
+    while their process still has a step to end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(items):
-    """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory, ids (B, H, W), [errors]."""
+    """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory,
+    ids (B, H, W), [errors]."""
     images, ids, errors = zip(*items)
-    return torch.stack(images).permute(0, 3, 1, 2), torch.stack(ids), [e for e in errors if e is not None]
+    return torch.stack(images).permute(0, 3, 1, 2), torch.stack(ids), [
+        e for e in errors if e is not None]
 
 
 def epoch_order(weights, length, seed, epoch):
-    """`length` indices for one epoch: every sample as often as its weight says, shuffled, cut or repeated.
+    """`length` indices for one epoch: every sample as often as its weight says, shuffled,
+    cut or repeated.
 
     weights: (N,) float; the fraction of a weight is the chance of one more turn.
     """
-    rng = np.random.default_rng((seed, epoch, 2 ** 31))      # no sample of the epoch has this position
+    rng = np.random.default_rng((seed, epoch, 2 ** 31))   # no sample of the epoch has this position
     weights = np.asarray(weights, float)
     turns = np.floor(weights).astype(int) + (rng.random(len(weights)) < weights % 1)
     indices = np.repeat(np.arange(len(weights)), turns)
@@ -623,7 +669,8 @@ def even_classes(order, counts, share, seed, epoch):
     """
     rng = np.random.default_rng((seed, epoch, 2 ** 31 + 1))
     order, wanted = order.copy(), np.full(len(order), -1)
-    holders = {c: np.flatnonzero(counts[:, c]) for c in range(counts.shape[1]) if counts[:, c].any()}
+    holders = {c: np.flatnonzero(counts[:, c]) for c in range(counts.shape[1])
+               if counts[:, c].any()}
     chosen = np.flatnonzero(rng.random(len(order)) < share)
     kinds = np.resize(rng.permutation(list(holders)), len(chosen))        # as many of each
     for position, c in zip(chosen, rng.permutation(kinds)):
@@ -646,8 +693,8 @@ class CountSet(EvalSet):
 def class_counts(samples, classes, workers=0, folder="runs"):
     """(N, C) int64 pixels of each class in each label, counted once and kept in `folder`.
 
-    The file's name is a digest of every label's path, size and time, so changed labels are counted anew.
-    A label that cannot be read counts nothing here; training names it when it meets it.
+    The file's name is a digest of every label's path, size and time, so changed labels are counted
+    anew. A label that cannot be read counts nothing here; training names it when it meets it.
     """
     digest = hashlib.blake2b(str(classes).encode(), digest_size=8)
     for sample in samples:
@@ -661,7 +708,8 @@ def class_counts(samples, classes, workers=0, folder="runs"):
             return counts
     counts = np.zeros((len(samples), classes), np.int64)
     progress = Progress(len(samples), "classes counted in label")
-    for index, row in torch.utils.data.DataLoader(CountSet(samples, classes), batch_size=None, num_workers=workers):
+    for index, row in torch.utils.data.DataLoader(CountSet(samples, classes), batch_size=None,
+                                                  num_workers=workers):
         if not isinstance(row, str):
             counts[index] = row
         progress.update()
@@ -677,8 +725,10 @@ class StepSampler(torch.utils.data.Sampler):
     weights: (N,), see epoch_order. counts, uniform: see even_classes; counts None leaves them out.
     """
 
-    def __init__(self, weights, batch, steps_per_epoch, first, last, seed, rank=0, world=1, counts=None, uniform=0.0):
-        self.weights, self.batch, self.steps_per_epoch = np.asarray(weights, float), batch, steps_per_epoch
+    def __init__(self, weights, batch, steps_per_epoch, first, last, seed, rank=0, world=1,
+                 counts=None, uniform=0.0):
+        self.weights, self.batch, self.steps_per_epoch = (
+            np.asarray(weights, float), batch, steps_per_epoch)
         self.first, self.last, self.seed, self.rank, self.world = first, last, seed, rank, world
         self.counts, self.uniform = counts, uniform
 
@@ -691,7 +741,8 @@ class StepSampler(torch.utils.data.Sampler):
         for step in range(self.first, self.last):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.weights, self.steps_per_epoch * self.batch, self.seed, epoch)
+                order = epoch_order(self.weights, self.steps_per_epoch * self.batch, self.seed,
+                                    epoch)
                 wanted = np.full(len(order), -1)
                 if self.counts is not None:
                     order, wanted = even_classes(order, self.counts, self.uniform, self.seed, epoch)
@@ -724,7 +775,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(config, about, argv=None):
-    """{name: value} of the flags given on the command line; the fields of dataclass `config` are the flags.
+    """{name: value} of the flags given on the command line;
+    the fields of dataclass `config` are the flags.
 
     Flags that were not given are absent, so that a caller can lay them over other defaults.
     """
@@ -755,8 +807,10 @@ def parse_flags(config, about, argv=None):
     for name, value in given.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"--{name.replace('_', '-')} must be a finite number, found {number}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+                raise ValueError(f"--{name.replace('_', '-')} must be a finite number, "
+                                 f"found {number}")
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()}
 
 
 def is_first():
@@ -771,10 +825,11 @@ def say(text):
 
 
 def run_main(main):
-    """Run a script's main. A user's mistake (ValueError, OSError) ends in one line and exit status 2.
+    """Run a script's main. A user's mistake (ValueError, OSError) ends in
+    one line and exit status 2.
 
-    Under torchrun every process usually finds the same mistake: rank 0 speaks first and torchrun ends
-    the others; a process that alone found one speaks after two seconds.
+    Under torchrun every process usually finds the same mistake: rank 0 speaks first and torchrun
+    ends the others; a process that alone found one speaks after two seconds.
     """
     try:
         main()
@@ -787,8 +842,8 @@ def run_main(main):
     except RuntimeError as error:
         if "by peer" not in str(error):              # gloo's words when another process has ended
             raise
-        print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} stops, as another process ended",
-              file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} stops, "
+              "as another process ended", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -810,7 +865,8 @@ def whole_file(path):
 
 
 class Progress:
-    """Rate and time left of a long loop, on rank 0: one moving line on a terminal, else a line now and then."""
+    """Rate and time left of a long loop, on rank 0: one moving line on a terminal,
+    else a line now and then."""
 
     def __init__(self, total, what, start=0, every=20.0):
         self.total, self.what, self.start, self.done = total, what, start, start
@@ -1434,7 +1490,8 @@ def write_sample(root, seed, dataset, split, condition, k):
     acdc = dataset == "acdc"
     ride = "GOPR0356" if split == "val" else "GOPR0345"
     if acdc:             # no two of its images share a name: a submission is one flat folder
-        ride = f"GP{CONDITIONS.index(condition)}{('train', 'val', 'test').index(split)}{k // 20 + 1:04d}"
+        ride = (f"GP{CONDITIONS.index(condition)}{('train', 'val', 'test').index(split)}"
+                f"{k // 20 + 1:04d}")
     folders, stem = (condition, split) if acdc else (split, condition), f"{ride}_frame_{k + 1:06d}"
     save(picture, "rgb_anon", *folders, ride, f"{stem}_rgb_anon.png")
     if split == "val" or acdc and split == "train":
@@ -1448,12 +1505,14 @@ def write_sample(root, seed, dataset, split, condition, k):
 
 
 def write_demo(root, seed=0, scale=1.0):
-    """Draw cityscapes/, acdc/ and dark_zurich/ below `root`, on all cores; scale multiplies the counts."""
+    """Draw cityscapes/, acdc/ and dark_zurich/ below `root`, on all cores;
+    scale multiplies the counts."""
     jobs = [("cityscapes", "train", "clear", 200), ("cityscapes", "val", "clear", 24)]
     jobs += [("acdc", split, condition, count) for condition in CONDITIONS
              for split, count in (("train", 40), ("val", 16), ("test", 4))]
     jobs += [("dark_zurich", "train", light, 40) for light in ("day", "twilight", "night")]
-    jobs = [(Path(root), seed, *words, k) for *words, count in jobs + [("dark_zurich", "val", "night", 8)]
+    jobs = [(Path(root), seed, *words, k)
+            for *words, count in jobs + [("dark_zurich", "val", "night", 8)]
             for k in range(max(2, round(count * scale)))]
     progress = Progress(len(jobs), "demo street")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -1468,18 +1527,22 @@ class Config:
     data: str = flag("data", "data root, a folder per set")
     make_demo: bool = flag(False, "draw the demo streets into demo/ first, and list them")
     all_files: bool = flag(False, "open every image and label, instead of three of each split")
-    show: int = flag(0, "write contact sheets of this many samples of each split, as read and as augmented")
+    show: int = flag(0, "write contact sheets of this many samples of each split, as read and as "
+                     "augmented")
     out: str = flag("runs/sheets", "folder for the contact sheets")
-    benchmark: bool = flag(False, "print the speed of the training input per core, beside the usual pipeline")
+    benchmark: bool = flag(False, "print the speed of the training input per core, beside the "
+                           "usual pipeline")
     workers: int = flag(2, "processes that open files with --all-files")
 
 
 def check(root, all_files=False, workers=0):
     """Print what lies below `root`. Returns the list of problems, one line each."""
     problems, absent = [], []
-    print(f"{'set':<18}{'split':<7}{'images':>8}{'labels':>8}{'masks':>8}  conditions; size of the first image")
+    print(f"{'set':<18}{'split':<7}{'images':>8}{'labels':>8}{'masks':>8}  "
+          "conditions; size of the first image")
     for name, row in DATASETS.items():
-        found = [split for split in row.splits if check_split(root, name, split, all_files, workers, problems)]
+        found = [split for split in row.splits
+                 if check_split(root, name, split, all_files, workers, problems)]
         if not found:
             absent.append(f"  {name:<18}{Path(root) / row.folder / row.layouts[0].images}")
         elif {"train", "val"} <= set(found):
@@ -1491,7 +1554,8 @@ def check(root, all_files=False, workers=0):
 
 
 def check_split(root, name, split, all_files, workers, problems):
-    """Print the line of one split and append what is wrong with it. False where nothing is there."""
+    """Print the line of one split and append what is wrong with it.
+    False where nothing is there."""
     try:
         layout, parts = scan(root, name, split)
         if layout is None:
@@ -1507,7 +1571,8 @@ def check_split(root, name, split, all_files, workers, problems):
     for kind, stars in orphans.items():
         if stars:
             owner = "image" if kind == "label" else "label"
-            problems.append(f"{name} {split}: {len(stars)} {owner}s without {kind}, first {parts[owner][min(stars)]}")
+            problems.append(f"{name} {split}: {len(stars)} {owner}s without {kind}, "
+                            f"first {parts[owner][min(stars)]}")
     spots = sorted({0, len(samples) // 2, len(samples) - 1}) if samples else ()
     chosen = samples if all_files else [samples[i] for i in spots]
     progress, size = Progress(len(chosen), f"{name} {split}, opened"), "no images"
@@ -1523,7 +1588,8 @@ def check_split(root, name, split, all_files, workers, problems):
     conditions = Counter(sample.condition for sample in samples)
     print(f"{name:<18}{split:<7}{len(parts['image']):>8}{len(parts['label']) if labelled else 0:>8}"
           f"{len(parts['invalid']) if labelled else 0:>8}  "
-          + ", ".join(f"{condition} {count}" for condition, count in sorted(conditions.items())) + f"; {size}")
+          + ", ".join(f"{condition} {count}" for condition, count in sorted(conditions.items()))
+          + f"; {size}")
     return True
 
 
@@ -1535,23 +1601,27 @@ def shared_images(root, name):
             if not Path(image).exists():                   # dangling links are named by check_split
                 continue
             alike = by_size.setdefault(os.path.getsize(image), [])
-            same = split == "val" and next((other for other in alike if filecmp.cmp(other, image, False)), None)
+            same = (split == "val"
+                    and next((other for other in alike if filecmp.cmp(other, image, False)), None))
             if same:
-                problems.append(f"{name}: {same} and {image} are the same file, in train and in val")
+                problems.append(f"{name}: {same} and {image} are the same file, "
+                                "in train and in val")
             elif split == "train":
                 alike.append(image)
     return problems
 
 
 def contact_sheets(root, count, out):
-    """Write a sheet per labelled split: image | label | two augmented crops with their labels, row by row."""
+    """Write a sheet per labelled split: image | label | two augmented crops with their labels,
+    row by row."""
     for name, row in DATASETS.items():
         for split in row.splits:
             samples = [s for s in find_samples(root, name, split, strict=False) if s.label]
             if not samples:
                 continue
             classes, palette = len(classes_of(root, name)), palette_of(classes_of(root, name))
-            chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)]
+            chosen = [samples[i] for i in np.linspace(
+                0, len(samples) - 1, min(count, len(samples))).astype(int)]
             rows = []
             for number, sample in enumerate(chosen):
                 pixels, ids, _ = read_sample(sample, classes)
@@ -1560,7 +1630,8 @@ def contact_sheets(root, count, out):
                     crop = min(1024, *ids.shape)
                     pair = augment(sample, classes, np.random.default_rng((number, draw)), crop)
                     tiles += [Image.fromarray(pair[0]), colour(pair[1], palette)]
-                rows.append([tile.resize((round(tile.width * 240 / tile.height), 240)) for tile in tiles])
+                rows.append([tile.resize((round(tile.width * 240 / tile.height), 240))
+                             for tile in tiles])
             width = max(sum(tile.width + 8 for tile in tiles) for tiles in rows)
             sheet = Image.new("RGB", (width, 248 * len(rows)), "white")
             for y, tiles in enumerate(rows):
@@ -1577,10 +1648,12 @@ def contact_sheets(root, count, out):
 # --- benchmark ----------------------------------------------------------------------------------
 
 def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
-    """What training code usually does, timed stage by stage: decode all, resize all, crop, float32, normalise.
+    """What training code usually does, timed stage by stage: decode all, resize all, crop,
+    float32, normalise.
 
-    Draws the same zoom as `augment`. largest: photos are brought to this short side first, as ours are;
-    usual code knows no such rule (inf). Returns (3, crop, crop) float32, (crop, crop) int64, CPU seconds.
+    Draws the same zoom as `augment`. largest: photos are brought to this short side first, as ours
+    are; usual code knows no such rule (inf). Returns (3, crop, crop) float32, (crop, crop) int64,
+    CPU seconds.
     """
     clock = [time.process_time()]
 
@@ -1593,26 +1666,30 @@ def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
     lap()
     factor = rng.uniform(0.5, 2.0) * min(1.0, largest / min(image.size))
     size = round(image.width * factor), round(image.height * factor)
-    image, label = image.resize(size, Image.Resampling.BILINEAR), label.resize(size, Image.Resampling.NEAREST)
+    image, label = (image.resize(size, Image.Resampling.BILINEAR),
+                    label.resize(size, Image.Resampling.NEAREST))
     corner = rng.integers(max(size[0] - crop, 0) + 1), rng.integers(max(size[1] - crop, 0) + 1)
     box = (*corner, corner[0] + crop, corner[1] + crop)
     image, label = image.crop(box), label.crop(box)
     lap()
     mean, deviation = (np.array(v, np.float32) for v in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
-    pixels = torch.from_numpy(((np.asarray(image, np.float32) - mean) / deviation).transpose(2, 0, 1).copy())
+    pixels = torch.from_numpy(((np.asarray(image, np.float32) - mean)
+                               / deviation).transpose(2, 0, 1).copy())
     ids = torch.from_numpy(to_train_ids(np.asarray(label), sample, classes).astype(np.int64))
     lap()
     return pixels, ids, np.diff(clock)
 
 
 def our_pipeline(sample, classes, rng, crop):
-    """`augment`, timed in the same stages: its decoding is timed once more alone and taken off the whole."""
+    """`augment`, timed in the same stages: its decoding is timed once more alone and taken
+    off the whole."""
     clock = [time.process_time()]
     for path in (sample.image, sample.label):
         Path(path).read_bytes()
     clock.append(time.process_time())
     label = open_label(sample)
-    zoom = np.random.default_rng(rng.bit_generator.seed_seq.entropy).uniform(0.5, 2.0)   # as augment draws it
+    # as augment draws it
+    zoom = np.random.default_rng(rng.bit_generator.seed_seq.entropy).uniform(0.5, 2.0)
     read_image(sample.image, zoom * min(1.0, LARGEST_SHORT_SIDE / min(label.size)))
     clock.append(time.process_time())
     image, ids = augment(sample, classes, rng, crop)
@@ -1623,7 +1700,8 @@ def our_pipeline(sample, classes, rng, crop):
 
 
 def benchmark(repeats=24, crop=1024):
-    """Print images per second of CPU time on generated files of real size and weight, labels included.
+    """Print images per second of CPU time on generated files of real size and weight,
+    labels included.
 
     The mean over the same fixed zooms, uniform in [0.5, 2], for every pipeline, in turn.
     """
@@ -1634,27 +1712,32 @@ def benchmark(repeats=24, crop=1024):
     pipelines = {"usual": lambda *a: usual_pipeline(*a, largest=math.inf)[2],
                  "usual, 1080 first": lambda *a: usual_pipeline(*a)[2], "ours": our_pipeline}
     with tempfile.TemporaryDirectory() as folder:
-        for title, size, kind in (("2048x1024 PNG", (2048, 1024), "png"), ("4000x3000 JPEG", (4000, 3000), "jpg")):
+        for title, size, kind in (("2048x1024 PNG", (2048, 1024), "png"),
+                                  ("4000x3000 JPEG", (4000, 3000), "jpg")):
             sample = benchmark_files(Path(folder), size, kind)
             runs = {name: [] for name in pipelines if kind == "jpg" or name != "usual, 1080 first"}
             for seed in range(repeats + 1):
                 for name, seconds in runs.items():
                     seconds.append(pipelines[name](sample, 19, np.random.default_rng(seed), crop))
-            means = {name: np.array(seconds[1:]).mean(0) for name, seconds in runs.items()}    # the first warms up
+            # the first warms up
+            means = {name: np.array(seconds[1:]).mean(0) for name, seconds in runs.items()}
             for name, stages in means.items():
                 ratio = f"{stages.sum() / means['ours'].sum():>8.2f}x"
-                print(f"{title}, {os.path.getsize(sample.image) / 2 ** 20:.1f} MB".ljust(25) + f"{name:<19}"
+                print(f"{title}, {os.path.getsize(sample.image) / 2 ** 20:.1f} MB".ljust(25)
+                      + f"{name:<19}"
                       + "".join(f"{1e3 * v:>10.1f} ms" for v in (*stages, stages.sum()))
                       + f"{1 / stages.sum():>10.2f}{ratio if name != 'ours' else '':>9}")
 
 
 def benchmark_files(folder, size, kind):
-    """A demo street enlarged to `size`, with noise that gives it a photo's weight, and its label."""
+    """A demo street enlarged to `size`, with noise that gives it a photo's weight,
+    and its label."""
     image, labels, _ = draw_street(np.random.default_rng(0), 512, 512 * size[1] // size[0])
     grain = np.random.default_rng(1).normal(0, 2.5, (size[1], size[0], 1))
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) + grain
     paths = [str(folder / f"{kind}_image.{kind}"), str(folder / f"{kind}_label.png")]
-    Image.fromarray(np.uint8(pixels.clip(0, 255))).save(paths[0], **({"quality": 92} if kind == "jpg" else {}))
+    Image.fromarray(np.uint8(pixels.clip(0, 255))).save(
+        paths[0], **({"quality": 92} if kind == "jpg" else {}))
     Image.fromarray(labels).resize(size, Image.Resampling.NEAREST).save(paths[1])
     return Sample(*paths, None, None, "cityscapes", "clear")
 

@@ -1,19 +1,23 @@
 """Evaluate checkpoints: mIoU, UIoU, AUIoU and ECE per condition, pictures, submissions, scoring.
 
     python evaluate.py --temperature 0.67
-    python evaluate.py --checkpoint runs/driving/best.pt --val acdc --temperature 0.67 1.0 1.5 fit best
+    python evaluate.py --checkpoint runs/driving/best.pt --val acdc \\
+        --temperature 0.67 1.0 1.5 fit best
     torchrun --nproc_per_node=8 evaluate.py --checkpoint a.pt b.pt --scales 1 1.5 2 --flip
-    python evaluate.py --temperature 0.67 1.0 1.5 --plots plots --panels 3 --out panels --json numbers.json
-    python evaluate.py --images photos --out predicted        any images: overlays, train ids, confidence
-    python evaluate.py --submit acdc acdc.zip                 predicts the test split and checks the zip
-    python evaluate.py --score predicted --val acdc           scores PNGs, whichever system wrote them
-    python evaluate.py --benchmark                            what the metrics cost beside the network
+    python evaluate.py --temperature 0.67 1.0 1.5 --plots plots --panels 3 --out panels \\
+        --json numbers.json
+    python evaluate.py --images photos --out predicted   any images: overlays, train ids, confidence
+    python evaluate.py --submit acdc acdc.zip            predicts the test split and checks the zip
+    python evaluate.py --score predicted --val acdc      scores PNGs, whichever system wrote them
+    python evaluate.py --benchmark                       what the metrics cost beside the network
 
 Several checkpoints are an ensemble: their logits are averaged. Without --checkpoint the newest run
-under runs/ is taken, with the data that it was trained with. Every image goes through the network once.
+under runs/ is taken, with the data that it was trained with. Every image goes through the network
+once.
 
-IoU: Everingham et al., IJCV 2010, as Cityscapes uses it. UIoU and AUIoU: Sakaridis et al., ACDC, ICCV 2021
-and "Map-Guided Curriculum", TPAMI 2020; ECE and temperature scaling: Guo et al., ICML 2017.
+IoU: Everingham et al., IJCV 2010, as Cityscapes uses it. UIoU and AUIoU: Sakaridis et al., ACDC,
+ICCV 2021 and "Map-Guided Curriculum", TPAMI 2020; ECE and temperature scaling: Guo et al.,
+ICML 2017.
 """
 
 import json
@@ -33,16 +37,16 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, IMAGE_MODES, EvalSet, Progress, Sample, classes_of,
-                  colour, flag, gather, ignore_sigterm, is_first, opened, palette_of, parse_flags, parse_spec, read_image,
-                  read_sample, run_main, say, whole_file)
+from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, IMAGE_MODES, EvalSet, Progress, Sample,
+                  classes_of, colour, flag, gather, ignore_sigterm, is_first, opened, palette_of,
+                  parse_flags, parse_spec, read_image, read_sample, run_main, say, whole_file)
 from swiftnet import build, load_checkpoint, predict
 
 CELLS = 1000               # midpoints of the integral mean that is AUIoU
 ECE_BINS = 15
 FIXED_POINT = 2 ** 24      # confidence is summed in units of 2^-24: integers add alike in any order
-SWEEP = tuple(round(4 ** (i / 16 - 1), 4) for i in range(33))      # temperatures of "best": 1/4 to 4
-FIT_PER_IMAGE, FIT_PIXELS = 4096, 2 ** 20      # labelled pixels that "fit" takes: of an image, in all
+SWEEP = tuple(round(4 ** (i / 16 - 1), 4) for i in range(33))     # temperatures of "best": 1/4 to 4
+FIT_PER_IMAGE, FIT_PIXELS = 4096, 2 ** 20    # labelled pixels that "fit" takes: of an image, in all
 
 
 # --- processes ----------------------------------------------------------------------------------
@@ -50,7 +54,8 @@ FIT_PER_IMAGE, FIT_PIXELS = 4096, 2 ** 20      # labelled pixels that "fit" take
 def start_processes():
     """(rank, world, device) of this process; starts the process group that torchrun asks for."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local, local_world = (int(os.environ.get("LOCAL_RANK", 0)),
+                          int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_world > torch.cuda.device_count():
@@ -98,7 +103,8 @@ def gathered(item):
 def threshold_grid(num_classes, thresholds=None):
     """Confidence thresholds in [1/C, 1], float32, ascending.
 
-    None: midpoints of CELLS equal cells, whose mean is the integral mean. K: K points, both ends included.
+    None: midpoints of CELLS equal cells, whose mean is the integral mean.
+    K: K points, both ends included.
     """
     low = 1 / num_classes
     if thresholds is None:
@@ -111,8 +117,10 @@ def threshold_grid(num_classes, thresholds=None):
 class Pixels:
     """The flat pixels of one predicted image, and what every temperature shares.
 
-    prediction, labels: (H, W) or (N,) integers 0..C-1, labels also IGNORE; invalid: J, bool or 0/1, or None.
-    confidence: function of the temperature that gives (N,) float32, the confidence of the prediction.
+    prediction, labels: (H, W) or (N,) integers 0..C-1, labels also IGNORE; invalid: J, bool or 0/1,
+    or None.
+    confidence: function of the temperature that gives (N,) float32, the confidence of the
+    prediction.
     """
 
     def __init__(self, prediction, labels, invalid, classes, confidence):
@@ -123,11 +131,13 @@ class Pixels:
         self.truth = labels.masked_fill(self.ignored, classes)
         correct = self.prediction == self.truth
         # (true class, predicted class); the row of the ignored pixels is dropped.
-        self.confusion = tally(self.truth * classes + self.prediction, classes + 1, classes)[:classes]
-        # Row in the histograms: the true class where correct, C + the predicted one where wrong, 2C ignored.
+        self.confusion = tally(self.truth * classes + self.prediction, classes + 1,
+                               classes)[:classes]
+        # Row in the histograms: the true class where correct, C + the predicted one where wrong,
+        # 2C ignored.
         self.row = torch.where(correct, self.truth, classes + self.prediction)
         self.row.masked_fill_(self.ignored, 2 * classes)
-        self.invalid_at = None                       # indices of J = 1, and their rows by true class
+        self.invalid_at = None                      # indices of J = 1, and their rows by true class
         if invalid is not None:
             invalid = invalid.flatten().to(prediction.device).bool() & ~self.ignored
             self.invalid_at = invalid.nonzero().squeeze(1)
@@ -143,7 +153,8 @@ class Pixels:
 
 
 def split_logits(logits):
-    """Logits (C, H, W) -> their argmax (N,), and how far each lies below the top one (C, N) float32, <= 0."""
+    """Logits (C, H, W) -> their argmax (N,), and how far each lies below the top one (C, N)
+    float32, <= 0."""
     logits = logits.float().flatten(1)
     top, prediction = logits.max(0)
     return prediction, logits - top
@@ -160,12 +171,13 @@ class Metrics:
     """Counts from which IoU, UIoU, AUIoU and ECE of any pooled set of pixels follow.
 
     All counts are int64, so they add up alike however images are split over updates and processes.
-    Per pixel, y is the argmax of the logits, q = max softmax(logits / temperature), and the pixel is
-    marked invalid at threshold theta where q < theta. Pixels labelled IGNORE are left out of everything.
+    Per pixel, y is the argmax of the logits, q = max softmax(logits / temperature), and the pixel
+    is marked invalid at threshold theta where q < theta. Pixels labelled IGNORE are left out of
+    everything.
 
-    One histogram over q serves every threshold and every bin of the ECE. Its edges are both together;
-    cell i holds the pixels with exactly i edges <= q, so a pixel is valid at theta in the cells above
-    the number of edges below theta.
+    One histogram over q serves every threshold and every bin of the ECE. Its edges are both
+    together; cell i holds the pixels with exactly i edges <= q, so a pixel is valid at theta in the
+    cells above the number of edges below theta.
     """
 
     def __init__(self, num_classes, temperature=1.0, thresholds=None, device="cpu"):
@@ -174,24 +186,26 @@ class Metrics:
         self.num_classes, self.temperature = num_classes, temperature
         self.thresholds = threshold_grid(num_classes, thresholds)
         bins = (torch.arange(1, ECE_BINS, dtype=torch.float64) / ECE_BINS).float()
-        bins = torch.nextafter(bins, torch.tensor(2.0))               # (lo, hi]: the float above lo is in it
+        bins = torch.nextafter(bins, torch.tensor(2.0))      # (lo, hi]: the float above lo is in it
         edges = torch.cat([self.thresholds, bins]).sort().values
-        self.at = torch.searchsorted(edges, self.thresholds)          # (K,) valid at k: the cells above at[k]
+        # (K,) valid at k: the cells above at[k]
+        self.at = torch.searchsorted(edges, self.thresholds)
         cells = len(edges) + 1
         bin = torch.searchsorted(torch.searchsorted(edges, bins), torch.arange(cells))
-        self.edges, self.bin = edges.to(device), bin.to(device)       # bin: (cells,) ECE bin of a cell
-        shapes = {"confusion": (num_classes, num_classes),    # true class, predicted class
-                  "correct": (num_classes, cells),            # by class
-                  "wrong": (num_classes, cells),              # by predicted class
-                  "invalid": (2, num_classes, cells),         # J = 1: correct 0 / wrong 1, by true class
-                  "confidence": (2, ECE_BINS)}                # sum of q by bin: all, J = 1
+        self.edges, self.bin = edges.to(device), bin.to(device)    # bin: (cells,) ECE bin of a cell
+        shapes = {
+            "confusion": (num_classes, num_classes),  # true class, predicted class
+            "correct": (num_classes, cells),          # by class
+            "wrong": (num_classes, cells),            # by predicted class
+            "invalid": (2, num_classes, cells),       # J = 1: correct 0 / wrong 1, by true class
+            "confidence": (2, ECE_BINS)}              # sum of q by bin: all, J = 1
         self.counts = {name: torch.zeros(shape, dtype=torch.int64, device=device)
                        for name, shape in shapes.items()}
 
     def update(self, logits, labels, invalid=None):
         """Add pixels. logits (B, C, H, W) float, labels (B, H, W) integers 0..C-1 or IGNORE,
         invalid (B, H, W) bool or 0/1: J, the pixels that annotators could not recognise."""
-        for i in range(len(logits)):          # one by one: a batch must not change how sums are rounded
+        for i in range(len(logits)):      # one by one: a batch must not change how sums are rounded
             self.add(Pixels.of(logits[i], labels[i], None if invalid is None else invalid[i]))
 
     def add(self, pixels):
@@ -203,8 +217,8 @@ class Metrics:
         table = tally(pixels.row * cells + cell, 2 * classes + 1, cells)
         count["correct"] += table[:classes]
         count["wrong"] += table[classes:2 * classes]
-        bin = self.bin[cell] + ECE_BINS * pixels.ignored                 # a second row, dropped
-        fixed = (confidence.double() * FIXED_POINT).round()              # exact in float64, as are its sums
+        bin = self.bin[cell] + ECE_BINS * pixels.ignored         # a second row, dropped
+        fixed = (confidence.double() * FIXED_POINT).round()      # exact in float64, as are its sums
         count["confidence"][0] += tally(bin, 2, ECE_BINS, fixed)[0].long()
         if pixels.invalid_at is not None:
             at = pixels.invalid_at
@@ -233,15 +247,15 @@ class Metrics:
     def compute(self):
         """Dict of fractions in 0..1; NaN where nothing was counted.
 
-        "iou" (C,), NaN for a class in neither ground truth nor prediction; "miou", its mean over the
-        "classes" others; "uiou" (K,) at "thresholds" (K,); "auiou", its mean; "ece", and "ece_valid"
-        without the pixels of J = 1; "pixels"; "class_uiou" (C, K); "confusion" (C, C); "reliability"
-        (3, 15): pixels, accuracy and mean confidence by bin of confidence.
+        "iou" (C,), NaN for a class in neither ground truth nor prediction; "miou", its mean over
+        the "classes" others; "uiou" (K,) at "thresholds" (K,); "auiou", its mean; "ece", and
+        "ece_valid" without the pixels of J = 1; "pixels"; "class_uiou" (C, K); "confusion" (C, C);
+        "reliability" (3, 15): pixels, accuracy and mean confidence by bin of confidence.
         """
         count = {name: tensor.cpu() for name, tensor in self.counts.items()}
         confusion = count["confusion"]
         truth, predicted, hit = confusion.sum(1), confusion.sum(0), confusion.diagonal()
-        present = truth + predicted > 0                 # the class set of every mean below, fixed once
+        present = truth + predicted > 0              # the class set of every mean below, fixed once
         iou = hit.double() / (truth + predicted - hit)
         true_positive = self.valid(count["correct"])                                      # (C, K)
         false_positive = self.valid(count["wrong"])
@@ -275,28 +289,32 @@ def tally(index, rows, columns, weights=None):
 def calibration(pixels, correct, confidence):
     """Expected calibration error of (15,) counts, confidence in fixed point; and (3, 15): pixels,
     accuracy, mean confidence."""
-    pixels, correct, confidence = pixels.double(), correct.double(), confidence.double() / FIXED_POINT
+    pixels, correct, confidence = (pixels.double(), correct.double(),
+                                   confidence.double() / FIXED_POINT)
     gap = (correct - confidence).abs()                  # n_b |accuracy - mean confidence|
     error = (gap.sum() / pixels.sum()).item()
     return error, torch.stack([pixels, correct / pixels, confidence / pixels])
 
 
 def budget(metrics):
-    """Where AUIoU is lost: dict of fractions, each as a mean over classes and, after "class_", as (C,).
+    """Where AUIoU is lost: dict of fractions, each as a mean over classes and, after "class_",
+    as (C,).
 
-    "oracle": UIoU of a confidence that marks exactly the pixels that are wrong or J = 1; without false
-    positives, it is (n - wrong pixels of J = 0) / n with n = #{H = c}.
-    "missed_invalid": lost since wrong pixels are left valid: UIoU with those of J = 1 as true invalids
-    and none as false positive, minus UIoU. "false_invalid": lost since correct pixels of J = 0 are
-    marked: their number / n. Both are integrated over theta like "auiou", and for every class
-    oracle = auiou + false_invalid + missed_invalid. A class that is predicted only has 0 everywhere.
+    "oracle": UIoU of a confidence that marks exactly the pixels that are wrong or J = 1; without
+    false positives, it is (n - wrong pixels of J = 0) / n with n = #{H = c}.
+    "missed_invalid": lost since wrong pixels are left valid: UIoU with those of J = 1 as true
+    invalids and none as false positive, minus UIoU. "false_invalid": lost since correct pixels of
+    J = 0 are marked: their number / n. Both are integrated over theta like "auiou", and for every
+    class oracle = auiou + false_invalid + missed_invalid. A class that is predicted only has 0
+    everywhere.
     """
-    count, result = {name: tensor.cpu() for name, tensor in metrics.counts.items()}, metrics.compute()
-    n = count["confusion"].sum(1).clamp(min=1)[:, None].double()                          # (C, 1)
-    marked = count["invalid"].sum((0, 2))[:, None]                                        # J = 1
-    kept = count["correct"] - count["invalid"][0]                                         # correct, J = 0
+    count, result = ({name: tensor.cpu() for name, tensor in metrics.counts.items()},
+                     metrics.compute())
+    n = count["confusion"].sum(1).clamp(min=1)[:, None].double()                    # (C, 1)
+    marked = count["invalid"].sum((0, 2))[:, None]                                  # J = 1
+    kept = count["correct"] - count["invalid"][0]                                   # correct, J = 0
     oracle = (marked + kept.sum(1, keepdim=True)) / n
-    none_missed = (marked + metrics.valid(kept)) / n                                      # (C, K)
+    none_missed = (marked + metrics.valid(kept)) / n                                # (C, K)
     terms = {"oracle": oracle[:, 0], "auiou": result["class_uiou"].mean(1),
              "false_invalid": (oracle - none_missed).mean(1),
              "missed_invalid": (none_missed - result["class_uiou"]).mean(1)}
@@ -309,13 +327,16 @@ def budget(metrics):
 
 def predictions(models, samples, num_classes, device, precision="auto", workers=0, rank=0, world=1,
                 what="evaluated", **prediction):
-    """Yield (index, logits, ids, invalid) of samples[rank::world], one image per forward, none twice.
+    """Yield (index, logits, ids, invalid) of samples[rank::world], one image per forward,
+    none twice.
 
-    prediction: scales, flip, tile, as in swiftnet.predict. Raises ValueError for a file it cannot read.
+    prediction: scales, flip, tile, as in swiftnet.predict.
+    Raises ValueError for a file it cannot read.
     """
     share = samples[rank::world]
-    loader = torch.utils.data.DataLoader(EvalSet(share, num_classes), batch_size=None, num_workers=workers,
-                                         worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(EvalSet(share, num_classes), batch_size=None,
+                                         num_workers=workers, worker_init_fn=ignore_sigterm,
+                                         pin_memory=device.type == "cuda")
     progress = Progress(len(share), what)
     dtype = half_type(device, precision)
     for i, image, *target in loader:
@@ -324,25 +345,29 @@ def predictions(models, samples, num_classes, device, precision="auto", workers=
         with autocast(device, dtype):
             logits = predict(models, image, **prediction)
         if not logits.sum().isfinite():
-            raise ValueError(f"the logits of {share[i].image} are not finite; a broken checkpoint, or a "
-                             "number beyond half precision (try --precision fp32)")
+            raise ValueError(f"the logits of {share[i].image} are not finite; a broken checkpoint, "
+                             "or a number beyond half precision (try --precision fp32)")
         yield rank + world * i, logits, *target
         progress.update()
 
 
-def evaluate(models, samples, num_classes, device, temperatures=(1.0,), thresholds=None, precision="auto",
-             workers=0, rank=0, world=1, watch=None, **prediction):
-    """{condition: [Metrics per temperature]} over labelled samples, "all" first, summed over processes.
+def evaluate(models, samples, num_classes, device, temperatures=(1.0,), thresholds=None,
+             precision="auto", workers=0, rank=0, world=1, watch=None, **prediction):
+    """{condition: [Metrics per temperature]} over labelled samples, "all" first,
+    summed over processes.
 
-    Process `rank` reads samples[rank::world]. watch: as in pool. prediction: as in swiftnet.predict.
+    Process `rank` reads samples[rank::world]. watch: as in pool.
+    prediction: as in swiftnet.predict.
     """
-    stream = predictions(models, samples, num_classes, device, precision, workers, rank, world, **prediction)
+    stream = predictions(models, samples, num_classes, device, precision, workers, rank, world,
+                         **prediction)
     pixels = ((index, Pixels.of(*parts)) for index, *parts in stream)
     return pool(pixels, samples, num_classes, device, temperatures, thresholds, watch)
 
 
 def pool(stream, samples, num_classes, device, temperatures=(1.0,), thresholds=None, watch=None):
-    """{condition: [Metrics per temperature]} of a stream of (index of the sample, Pixels), "all" first.
+    """{condition: [Metrics per temperature]} of a stream of (index of the sample, Pixels),
+    "all" first.
 
     watch(index, pixels) is called for every image: the panels look on.
     """
@@ -363,21 +388,25 @@ def pool(stream, samples, num_classes, device, temperatures=(1.0,), thresholds=N
 
 
 def stored_predictions(samples, folder, num_classes, label_ids, device, rank=0, world=1):
-    """(index, Pixels) of samples[rank::world] from PNGs below `folder`, named like the input images.
+    """(index, Pixels) of samples[rank::world] from PNGs below `folder`,
+    named like the input images.
 
-    Train ids lie in labelTrainIds/, Cityscapes labelIds in labelIds/, or either (label_ids) in the folder
-    itself. confidence/ beside them holds 0..65535 for 0..1; without it confidence is 1. The temperature
-    is the one they were written with. Raises ValueError where one is missing or does not fit.
+    Train ids lie in labelTrainIds/, Cityscapes labelIds in labelIds/, or either (label_ids) in the
+    folder itself. confidence/ beside them holds 0..65535 for 0..1; without it confidence is 1. The
+    temperature is the one they were written with. Raises ValueError where one is missing or does
+    not fit.
     """
     folder = Path(folder)
-    labels = next((folder / name for name in ("labelTrainIds", "labelIds") if (folder / name).is_dir()),
+    labels = next((folder / name for name in ("labelTrainIds", "labelIds")
+                   if (folder / name).is_dir()),
                   folder)
     values = label_id_table() if label_ids or labels.name == "labelIds" else np.arange(num_classes)
-    table = np.full(256, -1)                                          # value in the file -> train id
+    table = np.full(256, -1)                                         # value in the file -> train id
     table[values] = np.arange(len(values))
     stems = [Path(sample.image).stem for sample in samples]
     paths = find_pngs(labels, stems)
-    confidence_paths = find_pngs(folder / "confidence", stems) if (folder / "confidence").is_dir() else {}
+    confidence_paths = (find_pngs(folder / "confidence", stems)
+                        if (folder / "confidence").is_dir() else {})
     progress = Progress(len(samples[rank::world]), "scored")
     for index in range(rank, len(samples), world):
         _, ids, invalid = read_sample(samples[index], num_classes)
@@ -385,8 +414,9 @@ def stored_predictions(samples, folder, num_classes, label_ids, device, rank=0, 
         prediction = table[read_png(path, ids.shape, ("L", "P"))]
         unknown = np.count_nonzero((prediction < 0) & (ids != IGNORE))
         if unknown:
-            raise ValueError(f"{path}: values that name no class on {unknown} labelled pixels; expected train "
-                             f"ids 0..{num_classes - 1}, or Cityscapes labelIds and the flag --label-ids")
+            raise ValueError(f"{path}: values that name no class on {unknown} labelled pixels; "
+                             f"expected train ids 0..{num_classes - 1}, or Cityscapes labelIds and "
+                             "the flag --label-ids")
         if confidence_paths:
             q = read_png(confidence_paths[stems[index]], ids.shape, ("I;16", "I")) / 65535
         prediction, ids, invalid, q = (
@@ -406,8 +436,8 @@ def find_pngs(folder, stems):
                          f"{missing[0]}.png; expected PNGs named like the input images")
     double = repeated(stems) or repeated(path.stem for path in paths)
     if double:
-        raise ValueError(f"{folder}: {double}.png stands for two images or files; score a set where names "
-                         "are unique")
+        raise ValueError(f"{folder}: {double}.png stands for two images or files; score a set "
+                         "where names are unique")
     return found
 
 
@@ -420,7 +450,8 @@ def read_png(path, shape, modes):
     """Values (H, W) of a PNG of one of these Pillow modes, which must have this shape."""
     with opened(path, modes) as image:
         if image.size != (shape[1], shape[0]):
-            raise ValueError(f"it is {image.size[0]}x{image.size[1]}, expected {shape[1]}x{shape[0]}")
+            raise ValueError(f"it is {image.size[0]}x{image.size[1]}, "
+                             f"expected {shape[1]}x{shape[0]}")
         return np.array(image)
 
 
@@ -433,16 +464,16 @@ def split_halves(samples):
         seen[sample.condition] = seen.get(sample.condition, 0) + 1
         halves[seen[sample.condition] % 2].append(sample)
     if not halves[0]:
-        raise ValueError("--temperature fit and best need two images of a condition: one to choose on, "
-                         "one to report; name a larger set with --val")
+        raise ValueError("--temperature fit and best need two images of a condition: one to choose "
+                         "on, one to report; name a larger set with --val")
     return halves
 
 
 def choose_temperatures(words, stream, images, num_classes, device, thresholds=None):
     """({"fit" | "best": T}, [(T, AUIoU) of the sweep]) from predictions() on `images` images.
 
-    "fit": least negative log-likelihood (Guo et al.) on a fixed subset of the labelled pixels. "best":
-    highest AUIoU among SWEEP. Both are the same for any number of processes.
+    "fit": least negative log-likelihood (Guo et al.) on a fixed subset of the labelled pixels.
+    "best": highest AUIoU among SWEEP. Both are the same for any number of processes.
     """
     sweep = [Metrics(num_classes, t, thresholds, device) for t in SWEEP if "best" in words]
     kept, limit = [], max(1, min(FIT_PER_IMAGE, FIT_PIXELS // images))
@@ -456,8 +487,10 @@ def choose_temperatures(words, stream, images, num_classes, device, thresholds=N
             kept.append((index, pixels.below_top[:, at].cpu(), pixels.truth[at].cpu()))
     chosen, curve = {}, []
     if "fit" in words:
-        kept = sorted((part for share in gathered(kept) for part in share), key=lambda part: part[0])
-        logits, truth = torch.cat([part[1] for part in kept], 1), torch.cat([part[2] for part in kept])
+        kept = sorted((part for share in gathered(kept) for part in share),
+                      key=lambda part: part[0])
+        logits, truth = (torch.cat([part[1] for part in kept], 1),
+                         torch.cat([part[2] for part in kept]))
         chosen["fit"] = gathered(fit_temperature(logits, truth))[0]       # rank 0 speaks for all
     if "best" in words:
         for metrics in sweep:
@@ -468,16 +501,19 @@ def choose_temperatures(words, stream, images, num_classes, device, thresholds=N
 
 
 def fit_temperature(logits, truth):
-    """T of least negative log-likelihood of logits / T, (C, N) and (N,), within [0.05, 20], to 4 digits."""
+    """T of least negative log-likelihood of logits / T, (C, N) and (N,), within [0.05, 20],
+    to 4 digits."""
     if not len(truth):
         raise ValueError("--temperature fit found no labelled pixel in its half of the images")
     logits = logits.double()
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-9,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        scaled = logits / log_t.clamp(math.log(0.05), math.log(20)).exp()     # no minimum where all is right
+        # no minimum where all is right
+        scaled = logits / log_t.clamp(math.log(0.05), math.log(20)).exp()
         loss = (scaled.logsumexp(0) - scaled.gather(0, truth[None])[0]).mean()
         loss.backward()
         return loss
@@ -493,12 +529,15 @@ def percent(value, width=8):
 
 
 def summary_table(results, counts, title="condition"):
-    """Lines of the table condition x (images, classes, mIoU, AUIoU, ECE, and the budget) for one temperature.
+    """Lines of the table condition x (images, classes, mIoU, AUIoU, ECE, and the budget)
+    for one temperature.
 
-    results: {condition: dict of Metrics.compute, with or without that of budget}; counts: {condition:
-    images}. Scores in percent; the last two columns, what false and missed invalids cost, sum to AUIoU - oracle.
+    results: {condition: dict of Metrics.compute, with or without that of budget};
+    counts: {condition: images}. Scores in percent; the last two columns, what false and missed
+    invalids cost, sum to AUIoU - oracle.
     """
-    lines = [f"{title:<13}{'images':>7}{'classes':>8}{'mIoU':>8}{'AUIoU':>8}{'ECE':>8}{'ECE, J=0':>10}"]
+    lines = [f"{title:<13}{'images':>7}{'classes':>8}{'mIoU':>8}{'AUIoU':>8}{'ECE':>8}"
+             f"{'ECE, J=0':>10}"]
     for condition, r in results.items():
         lines.append(f"{condition:<13}{counts[condition]:>7}{r['classes']:>8}{percent(r['miou'])}"
                      f"{percent(r['auiou'])}{r['ece']:>8.4f}{r['ece_valid']:>10.4f}")
@@ -522,40 +561,47 @@ def budget_cell(r, i):
 
 def class_table(results, classes, title="IoU", cell=iou_cell):
     """Lines of the table class x condition, in percent, "-" where the class does not occur."""
-    lines = [f"{title:<15}" + "".join(f"{condition:>{len(cell(r, 0))}}" for condition, r in results.items())]
+    lines = [f"{title:<15}" + "".join(f"{condition:>{len(cell(r, 0))}}"
+                                      for condition, r in results.items())]
     return lines + [f"{name:<15}" + "".join(cell(r, i) for r in results.values())
                     for i, name in enumerate(classes)]
 
 
 def count_conditions(samples):
     """{condition: images}, "all" first."""
-    return {"all": len(samples), **dict(sorted(Counter(sample.condition for sample in samples).items()))}
+    return {"all": len(samples),
+            **dict(sorted(Counter(sample.condition for sample in samples).items()))}
 
 
 def print_results(results, temperatures, counts, classes, thresholds):
-    """All tables. results: {condition: [dict per temperature]}; temperatures: [(T, how it was found)]."""
+    """All tables. results: {condition: [dict per temperature]};
+    temperatures: [(T, how it was found)]."""
     grid = (f"{thresholds} thresholds from 1/{len(classes)} to 1" if thresholds else
             f"integral mean over [1/{len(classes)}, 1], {CELLS} cells")
     first = {condition: rows[0] for condition, rows in results.items()}
     print("\n".join(["", *class_table(first, classes)]))
     for i, (temperature, how) in enumerate(temperatures):
         print(f"\nT = {temperature:g} ({how}); IoU in percent; AUIoU: {grid}; ECE: {ECE_BINS} bins")
-        print("\n".join(summary_table({condition: rows[i] for condition, rows in results.items()}, counts)))
+        print("\n".join(summary_table({condition: rows[i] for condition, rows in results.items()},
+                                      counts)))
     if math.isnan(first["all"]["auiou"]):
         return
     print(f"\nAUIoU lost to false / missed invalids at T = {temperatures[0][0]:g} (others: --json)")
     print("\n".join(class_table(first, classes, "lost", budget_cell)))
     if len(temperatures) > 1:
-        print("\nall images; marking nothing invalid gives the mIoU, marking what is wrong or invalid the oracle")
+        print("\nall images; marking nothing invalid gives the mIoU, marking what is wrong or "
+              "invalid the oracle")
         rows = {f"{t:g}" + (how != "given") * f" {how}": r
                 for (t, how), r in zip(temperatures, results["all"])}
         print("\n".join(summary_table(rows, dict.fromkeys(rows, counts["all"]), "T")))
 
 
 def plain(value):
-    """What json can write: tensors become lists, NaN null. UIoU by class and threshold is left out."""
+    """What json can write: tensors become lists, NaN null.
+    UIoU by class and threshold is left out."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in ("class_uiou", "thresholds")}
+        return {key: plain(item) for key, item in value.items()
+                if key not in ("class_uiou", "thresholds")}
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
@@ -595,7 +641,8 @@ def dashed(draw, start, end, fill, on=18, off=12):
 
 
 def axes(canvas, box, x_range, y_range, x_ticks, y_ticks, x_label, y_label):
-    """Draw a frame into pixel box (left, top, right, bottom), with a grid at the ticks {value: text}.
+    """Draw a frame into pixel box (left, top, right, bottom),
+    with a grid at the ticks {value: text}.
 
     Returns the function (x, y) -> pixel.
     """
@@ -621,7 +668,8 @@ def axes(canvas, box, x_range, y_range, x_ticks, y_ticks, x_label, y_label):
 
 
 def plot(title, rows, temperatures):
-    """Pillow image for one condition: UIoU against theta; accuracy and share of pixels by bin of confidence.
+    """Pillow image for one condition: UIoU against theta;
+    accuracy and share of pixels by bin of confidence.
 
     rows: dict of Metrics.compute and budget per temperature. Drawn at twice the size and reduced.
     """
@@ -654,13 +702,15 @@ def plot(title, rows, temperatures):
         for bin, (pixels, right, _) in enumerate(row["reliability"].T.tolist()):
             left = (bin + 0.08) / ECE_BINS + i * thickness
             if pixels > 0:
-                draw.rectangle((accuracy(left, max(right, 0.004)), accuracy(left + thickness, 0)), fill)
+                draw.rectangle((accuracy(left, max(right, 0.004)), accuracy(left + thickness, 0)),
+                               fill)
             if pixels / row["pixels"] > 1e-4:
                 decade = math.log10(pixels / row["pixels"])
                 draw.rectangle((share(left, decade), share(left + thickness, -4)), fill)
         name = f"T = {temperature:g}" + (f" ({how})" if how in ("fit", "best") else "")
         draw.line((1960, 1340 + 70 * i, 2070, 1340 + 70 * i), fill, 10)
-        write(draw, (2100, 1340 + 70 * i), f"{name}: AUIoU {100 * row['auiou']:.1f}, ECE {row['ece']:.3f}", 44)
+        write(draw, (2100, 1340 + 70 * i),
+              f"{name}: AUIoU {100 * row['auiou']:.1f}, ECE {row['ece']:.3f}", 44)
     dashed(draw, accuracy(0, 0), accuracy(1, 1), INK)
     return canvas.reduce(2)
 
@@ -672,14 +722,16 @@ class Panels:
     """
 
     def __init__(self, samples, count, worst, temperature, classes):
-        self.samples, self.count, self.temperature, self.classes = samples, count, temperature, classes
+        self.samples, self.count, self.temperature, self.classes = (
+            samples, count, temperature, classes)
         self.wanted, self.kept = None if worst else set(), {}
         for condition in () if worst else {sample.condition for sample in samples}:
             at = [i for i, sample in enumerate(samples) if sample.condition == condition]
             self.wanted |= {at[(2 * k + 1) * len(at) // (2 * count)] for k in range(count)}
 
     def __call__(self, index, pixels):
-        """Keep (rank, index, mIoU of the image, prediction, confidence level 0..2) if a sheet may want it."""
+        """Keep (rank, index, mIoU of the image, prediction, confidence level 0..2)
+        if a sheet may want it."""
         if self.wanted is not None and index not in self.wanted:
             return
         union = pixels.confusion.sum(0) + pixels.confusion.sum(1) - pixels.confusion.diagonal()
@@ -687,7 +739,7 @@ class Panels:
         q = pixels.confidence(self.temperature)
         level = (q > 0.75).byte() + (q > 0.95).byte()
         rank = iou if self.wanted is None else index
-        rank = 1.0 if math.isnan(rank) else rank                      # nothing labelled: nothing wrong
+        rank = 1.0 if math.isnan(rank) else rank                   # nothing labelled: nothing wrong
         kept = self.kept.setdefault(self.samples[index].condition, [])
         kept.append((rank, index, iou, pixels.prediction.byte().cpu(), level.cpu()))
         kept.sort(key=lambda item: item[:2])
@@ -695,9 +747,11 @@ class Panels:
 
     def write(self, folder):
         """FOLDER/<condition>-<k>-<name>.png, each drawn by the process that saw the image."""
-        every = gathered({condition: [item[:2] for item in kept] for condition, kept in self.kept.items()})
+        every = gathered({condition: [item[:2] for item in kept]
+                          for condition, kept in self.kept.items()})
         for condition, kept in self.kept.items():
-            ranked = sorted(item for share in every for item in share.get(condition, ()))[:self.count]
+            ranked = sorted(item for share in every
+                            for item in share.get(condition, ()))[:self.count]
             for rank, index, *shown in kept:
                 if (rank, index) in ranked:
                     sample, place = self.samples[index], ranked.index((rank, index)) + 1
@@ -714,8 +768,8 @@ def save(picture, path):
 def sheet(sample, classes, iou, prediction, level, temperature, width=600):
     """Pillow image: input, ground truth, invalid, reference; prediction, twice thresholded, legend.
 
-    prediction, level: flat maps; level counts which of confidence > 0.75 and > 0.95 hold. width: of a cell.
-    Where a set has no invalid masks, the wrong pixels stand in their place.
+    prediction, level: flat maps; level counts which of confidence > 0.75 and > 0.95 hold. width: of
+    a cell. Where a set has no invalid masks, the wrong pixels stand in their place.
     """
     image, ids, invalid = read_sample(sample, len(classes))
     palette, size = palette_of(classes), (width, round(width * ids.shape[0] / ids.shape[1]))
@@ -728,20 +782,24 @@ def sheet(sample, classes, iou, prediction, level, temperature, width=600):
     cells[2, 0] = name, Image.fromarray(np.uint8(255 * ~black)).convert("RGB")
     if sample.reference:
         with opened(sample.reference, ("RGB",)) as reference:
-            cells[3, 0] = "reference in clear weather", reference.resize(size, Image.Resampling.LANCZOS)
+            cells[3, 0] = ("reference in clear weather",
+                           reference.resize(size, Image.Resampling.LANCZOS))
     for column, name in enumerate(("prediction", "confidence > 75 %", "confidence > 95 %")):
         withheld = f", {(level < column).mean():.0%} withheld" if column else ""
-        cells[column, 1] = name + withheld, colour(np.where(level >= column, prediction, IGNORE), palette)
+        cells[column, 1] = (name + withheld,
+                            colour(np.where(level >= column, prediction, IGNORE), palette))
 
     gap, band = 16, 44
     canvas = Image.new("RGB", (4 * (width + gap) + gap, 60 + 2 * (size[1] + band) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     score = "" if math.isnan(iou) else f", mIoU of this image {100 * iou:.1f}"
-    write(draw, (gap, 34), f"{sample.condition}: {Path(sample.image).stem}{score}, T = {temperature:g}", 30)
+    write(draw, (gap, 34),
+          f"{sample.condition}: {Path(sample.image).stem}{score}, T = {temperature:g}", 30)
     for (column, row), (title, cell) in cells.items():
         x, y = gap + column * (width + gap), 60 + row * (size[1] + band)
         write(draw, (x, y + band / 2), title, 26)
-        canvas.paste(cell.resize(size, Image.Resampling.BOX), (x, y + band))    # no effect on photographs
+        # no effect on photographs
+        canvas.paste(cell.resize(size, Image.Resampling.BOX), (x, y + band))
         draw.rectangle((x, y + band, x + width - 1, y + band + size[1] - 1), outline=FAINT)
 
     names = [(palette[i], classes[i]) for i in np.union1d(ids[ids != IGNORE], prediction)]
@@ -759,12 +817,13 @@ def sheet(sample, classes, iou, prediction, level, temperature, width=600):
 
 # --- predictions as files, and submissions ------------------------------------------------------
 
-# Kind of submission: set, images and size of its test split (datasets.md of the authors), folders of the zip.
+# Kind of submission: set, images and size of its test split (datasets.md of the authors),
+# folders of the zip.
 SUBMISSIONS = {"acdc": ("acdc", 2000, (1920, 1080), ("labelTrainIds",)),
                "cityscapes": ("cityscapes", 1525, (2048, 1024), ("labelIds",)),
                "darkzurich": ("dark_zurich", 151, (1920, 1080),
                               ("labelTrainIds", "confidence", "labelTrainIds_invalid"))}
-IMAGE_FOLDERS = ("confidence", "overlay", "labelTrainIds")       # what --images writes of every image
+IMAGE_FOLDERS = ("confidence", "overlay", "labelTrainIds")     # what --images writes of every image
 
 
 def label_id_table():
@@ -773,20 +832,21 @@ def label_id_table():
 
 
 def rendered(folder, prediction, q, image_path, palette, theta):
-    """What a folder holds of one image, as a Pillow image. prediction (H, W) uint8, q (H, W) float32."""
+    """What a folder holds of one image, as a Pillow image.
+    prediction (H, W) uint8, q (H, W) float32."""
     if folder == "labelTrainIds":
         return Image.fromarray(prediction)
     if folder == "labelIds":
         return Image.fromarray(label_id_table()[prediction])
     if folder == "labelTrainIds_invalid":
         return Image.fromarray(np.where(q < np.float32(theta), IGNORE, prediction).astype(np.uint8))
-    if folder == "confidence":                                       # 16 bits: 8 move AUIoU by 0.002
+    if folder == "confidence":                                      # 16 bits: 8 move AUIoU by 0.002
         return Image.fromarray(np.round(q.astype(np.float64) * 65535).astype(np.uint16))
-    return Image.blend(read_image(image_path)[0], colour(prediction, palette), 0.5)       # "overlay"
+    return Image.blend(read_image(image_path)[0], colour(prediction, palette), 0.5)      # "overlay"
 
 
-def write_predictions(models, samples, names, out, folders, settings, palette, temperature, theta, device,
-                      rank, world, **forward):
+def write_predictions(models, samples, names, out, folders, settings, palette, temperature, theta,
+                      device, rank, world, **forward):
     """Write OUT/<folder>/<name> for every sample and folder; what is there already is skipped.
 
     settings: plain dict of all that the files depend on, kept in OUT/settings.json: files of other
@@ -795,15 +855,17 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
     out, text = Path(out), json.dumps(settings, indent=1)
     note = out / "settings.json"
     if note.is_file() and note.read_text() != text:
-        raise ValueError(f"{out} holds predictions of other settings, {' '.join(note.read_text().split())}; "
-                         "give the same ones, another --out, or remove the folder")
+        raise ValueError(f"{out} holds predictions of other settings, "
+                         f"{' '.join(note.read_text().split())}; give the same ones, "
+                         "another --out, or remove the folder")
     gathered(None)                                  # all have looked before one writes
     if rank == 0:
         with whole_file(note) as temporary:
             temporary.write_text(text)
     todo = [i for i in range(rank, len(samples), world)
             if not all((out / folder / names[i]).is_file() for folder in folders)]
-    stream = predictions(models, [samples[i] for i in todo], len(palette), device, what="predicted", **forward)
+    stream = predictions(models, [samples[i] for i in todo], len(palette), device, what="predicted",
+                         **forward)
     for i, logits, *_ in stream:
         shape, (prediction, below_top) = logits.shape[1:], split_logits(logits)
         prediction = prediction.view(shape).byte().cpu().numpy()
@@ -815,40 +877,46 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
 
 
 def find_images(folder, out):
-    """([Sample], [output name]) of all PNG and JPEG images below a folder, without those below `out`."""
+    """([Sample], [output name]) of all PNG and JPEG images below a folder,
+    without those below `out`."""
     folder, out = Path(folder), Path(out).resolve()
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+    paths = [path for path in sorted(folder.rglob("*"))
+             if path.suffix.lower() in (".png", ".jpg", ".jpeg")
              and not path.name.startswith(".") and out not in path.resolve().parents]
     names = [str(path.relative_to(folder).with_suffix(".png")) for path in paths]
     if not paths:
         raise ValueError(f"--images {folder}: no such folder, or no .png, .jpg or .jpeg below it")
     if repeated(names):
-        raise ValueError(f"--images {folder}: two images would be written as {repeated(names)}; rename one")
+        raise ValueError(f"--images {folder}: two images would be written as {repeated(names)}; "
+                         "rename one")
     return [Sample(str(path), None, None, None, "images", "all") for path in paths], names
 
 
 def submission_samples(kind, root, split):
-    """([Sample], [name in the zip]) of a submission; ValueError where images lack, collide or misfit."""
+    """([Sample], [name in the zip]) of a submission; ValueError where images lack,
+    collide or misfit."""
     if kind not in SUBMISSIONS:
         raise ValueError(f"--submit knows {', '.join(SUBMISSIONS)}, found {kind!r}")
     dataset, expected, size, _ = SUBMISSIONS[kind]
     samples = gather(root, (dataset,), split, labelled=False)
     names = [Path(sample.image).stem + ".png" for sample in samples]
     if repeated(names):
-        raise ValueError(f"two {split} images of {dataset} would be {repeated(names)} in the flat zip; "
-                         "remove one")
+        raise ValueError(f"two {split} images of {dataset} would be {repeated(names)} in the flat "
+                         "zip; remove one")
     if split == "test" and len(samples) != expected:
-        raise ValueError(f"{kind}: the server expects {expected} test images, found {len(samples)} below "
-                         f"{root}; complete the set (or rehearse with --split val)")
+        raise ValueError(f"{kind}: the server expects {expected} test images, found {len(samples)} "
+                         f"below {root}; complete the set (or rehearse with --split val)")
     for sample in samples if split == "test" else ():
         with opened(sample.image, IMAGE_MODES) as image:
             if image.size != size:
-                raise ValueError(f"it is {image.size[0]}x{image.size[1]}, expected {size[0]}x{size[1]}")
+                raise ValueError(f"it is {image.size[0]}x{image.size[1]}, "
+                                 f"expected {size[0]}x{size[1]}")
     return samples, names
 
 
 def write_submission(path, kind, samples, names, parts):
-    """Zip what write_predictions left in folder `parts`, each file checked. Always the same bytes."""
+    """Zip what write_predictions left in folder `parts`, each file checked.
+    Always the same bytes."""
     folders = SUBMISSIONS[kind][3]
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, sample in sorted(zip(names, samples)):
@@ -856,25 +924,30 @@ def write_submission(path, kind, samples, names, parts):
                 check_parts(Path(parts), folders, name, image.size[::-1])
             for folder in folders:
                 inside = name if kind == "cityscapes" else f"{folder}/{name}"
-                archive.writestr(zipfile.ZipInfo(inside), (Path(parts) / folder / name).read_bytes())
+                archive.writestr(zipfile.ZipInfo(inside),
+                                 (Path(parts) / folder / name).read_bytes())
 
 
 def check_parts(parts, folders, name, shape):
-    """Raise ValueError unless all files of one image are there with the right size, bit depth and values."""
+    """Raise ValueError unless all files of one image are there with the right size,
+    bit depth and values."""
     for folder in folders:
-        values = read_png(parts / folder / name, shape, ("I;16", "I") if folder == "confidence" else ("L",))
-        allowed = {"labelIds": label_id_table(), "labelTrainIds": np.arange(len(CLASSES)), "confidence": None,
+        values = read_png(parts / folder / name, shape,
+                          ("I;16", "I") if folder == "confidence" else ("L",))
+        allowed = {"labelIds": label_id_table(), "labelTrainIds": np.arange(len(CLASSES)),
+                   "confidence": None,
                    "labelTrainIds_invalid": (*range(len(CLASSES)), IGNORE)}[folder]
         strange = [] if allowed is None else values[~np.isin(values, allowed)]
         if len(strange):
-            raise ValueError(f"{parts / folder / name} holds values that the server does not take, such as "
-                             f"{strange[0]}; remove the file and run again")
+            raise ValueError(f"{parts / folder / name} holds values that the server does not take, "
+                             f"such as {strange[0]}; remove the file and run again")
 
 
 # --- benchmark ----------------------------------------------------------------------------------
 
 def benchmark(device, precision, height=1080, width=1920, repeats=5):
-    """Print the time of the metrics of one image beside that of ConvNeXt-T's forward, medians, on `device`."""
+    """Print the time of the metrics of one image beside that of ConvNeXt-T's forward, medians,
+    on `device`."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def seconds(function):
@@ -898,18 +971,21 @@ def benchmark(device, precision, height=1080, width=1920, repeats=5):
     torch.manual_seed(0)
     model = build("convnext_tiny").to(device).eval()
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    # As a trained network would have it: confident and right on most pixels, some unlabelled, some invalid.
+    # As a trained network would have it: confident and right on most pixels, some unlabelled,
+    # some invalid.
     labels = torch.arange(height * width, device=device).view(height, width) // 1000 % 19
     logits = 2 * torch.randn(19, height, width, device=device)
     logits.scatter_add_(0, labels[None], torch.full_like(logits[:1], 9.0))
     labels[:height // 20], invalid = IGNORE, labels % 10 == 0
     network = seconds(forward)
-    name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
-    print(f"{name}; {width}x{height}, 19 classes, median of {repeats}\nConvNeXt-T forward: {1000 * network:.1f} ms")
+    name = (f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu"
+            else torch.cuda.get_device_name())
+    print(f"{name}; {width}x{height}, 19 classes, median of {repeats}\n"
+          f"ConvNeXt-T forward: {1000 * network:.1f} ms")
     for temperatures in ((1.0,), (0.67, 1.0, 1.5), SWEEP):
         took = seconds(lambda: metrics([Metrics(19, t, device=device) for t in temperatures]))
-        print(f"metrics at {len(temperatures):2} temperatures: {1000 * took:.1f} ms, {took / network:.1%} of it",
-              flush=True)
+        print(f"metrics at {len(temperatures):2} temperatures: {1000 * took:.1f} ms, "
+              f"{took / network:.1%} of it", flush=True)
 
 
 # --- the script ---------------------------------------------------------------------------------
@@ -921,35 +997,45 @@ def temperature(word):
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: tuple = flag((), "checkpoints of train.py; several are averaged (default: newest run)")
+    checkpoint: tuple = flag((), "checkpoints of train.py; several are averaged "
+                             "(default: newest run)")
     data: str = flag("", "data root (default: the one the checkpoint was trained with)")
-    val: tuple = flag((), "sets to evaluate, NAME or NAME:PART,PART (default: those of the checkpoint)")
+    val: tuple = flag((), "sets to evaluate, NAME or NAME:PART,PART "
+                      "(default: those of the checkpoint)")
     split: str = flag("", "split to evaluate (default: val; test for --submit)")
     temperature: tuple = flag(
-        (1.0,), "softmax temperatures, in one pass over the images: numbers, and fit (least negative log-likelihood) "
-        "or best (highest AUIoU), which choose on every second image of a condition and report on the others. "
-        "Pictures and files take the first one", type=temperature, metavar="T")
-    thresholds: int = flag(0, "confidence thresholds from 1/C to 1, both included (default: the midpoints of "
-                           f"{CELLS} cells)")
+        (1.0,), "softmax temperatures, in one pass over the images: numbers, and fit (least "
+        "negative log-likelihood) or best (highest AUIoU), which choose on every second image of a "
+        "condition and report on the others. Pictures and files take the first one",
+        type=temperature, metavar="T")
+    thresholds: int = flag(0, "confidence thresholds from 1/C to 1, both included "
+                           f"(default: the midpoints of {CELLS} cells)")
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
-    tile: int = flag(0, "side of tiles in pixels, a multiple of 512, for images that do not fit (default: whole "
-                     "images); the same logits where the network looks no further than a quarter of a tile")
+    tile: int = flag(0, "side of tiles in pixels, a multiple of 512, for images that do not fit "
+                     "(default: whole images); the same logits where the network looks no further "
+                     "than a quarter of a tile")
     precision: str = flag("auto", "auto is half precision on a GPU, float32 on a CPU",
                           choices=("auto", "bf16", "fp16", "fp32"))
     workers: int = flag(2, "loader processes per process")
-    json: str = flag("", "file for every number: per class, condition, temperature (default: none)", metavar="FILE")
+    json: str = flag("", "file for every number: per class, condition, temperature (default: none)",
+                     metavar="FILE")
     plots: str = flag("", "folder for plots of UIoU and calibration (default: none)", metavar="DIR")
-    panels: int = flag(0, "sheets of pictures per condition, spread over the set, written to --out", metavar="N")
+    panels: int = flag(0, "sheets of pictures per condition, spread over the set, written to --out",
+                       metavar="N")
     panels_worst: bool = flag(False, "sheets show the images of the lowest mIoU")
     out: str = flag("pictures", "folder for --panels and --images", metavar="DIR")
-    images: str = flag("", "predict every image below this folder; finished files are skipped (default: none)", metavar="DIR")
-    submit: tuple = flag((), f"predict a test split and zip it for its server: {', '.join(SUBMISSIONS)}",
-                         nargs=2, metavar=("KIND", "ZIP"))
-    theta: float = flag(0.5, "confidence below which a pixel is invalid in the submission to darkzurich")
-    score: str = flag("", "score the PNGs below this folder, named like the images of --val (default: none)", metavar="DIR")
+    images: str = flag("", "predict every image below this folder; finished files are skipped "
+                       "(default: none)", metavar="DIR")
+    submit: tuple = flag((), "predict a test split and zip it for its server: "
+                         f"{', '.join(SUBMISSIONS)}", nargs=2, metavar=("KIND", "ZIP"))
+    theta: float = flag(0.5, "confidence below which a pixel is invalid in the submission to "
+                        "darkzurich")
+    score: str = flag("", "score the PNGs below this folder, named like the images of --val "
+                      "(default: none)", metavar="DIR")
     label_ids: bool = flag(False, "the PNGs of --score are Cityscapes labelIds, not train ids")
-    benchmark: bool = flag(False, "time the metrics beside the forward of ConvNeXt-T on this device")
+    benchmark: bool = flag(False, "time the metrics beside the forward of ConvNeXt-T on this "
+                           "device")
 
 
 def check_flags(config):
@@ -965,11 +1051,13 @@ def check_flags(config):
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
     if modes and len(numbers) < len(config.temperature):
-        raise ValueError(f"--temperature fit and best need logits and labels; --{modes[0]} has not both")
+        raise ValueError(f"--temperature fit and best need logits and labels; --{modes[0]} has not "
+                         "both")
     if modes and modes != ["score"] and asked:
         raise ValueError(f"--{asked[0]} needs labelled images; --{modes[0]} has none")
     if config.panels < 0 or config.panels_worst and not config.panels:
-        raise ValueError("--panels takes the number of sheets per condition, and --panels-worst needs it")
+        raise ValueError("--panels takes the number of sheets per condition, and --panels-worst "
+                         "needs it")
     if config.score and not config.val:
         raise ValueError("--score needs the set that the PNGs belong to: --val NAME")
 
@@ -979,7 +1067,8 @@ def newest_checkpoint(runs="runs"):
     found = sorted(Path(runs).glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no checkpoint: nothing matches {runs}/*/best.pt. Train first "
-                                "(torchrun --nproc_per_node=2 train.py) or name one with --checkpoint")
+                                "(torchrun --nproc_per_node=2 train.py) or name one with "
+                                "--checkpoint")
     return str(found[-1])
 
 
@@ -989,7 +1078,8 @@ def load_ensemble(paths, device):
     for path, state in zip(paths, states):
         if state["classes"] != states[0]["classes"]:
             raise ValueError(f"{path} has {len(state['classes'])} classes, {paths[0]} "
-                             f"{len(states[0]['classes'])}, or other ones; an ensemble needs the same")
+                             f"{len(states[0]['classes'])}, or other ones; an ensemble needs the "
+                             "same")
     return list(models), states[0]
 
 
@@ -1025,39 +1115,44 @@ def labelled_samples(root, specs, split):
 def score(config, device, rank, world):
     """--score: the tables of stored predictions; without confidence the mIoU alone."""
     samples, classes = labelled_samples(config.data or "data", config.val, config.split or "val")
-    stream = stored_predictions(samples, config.score, len(classes), config.label_ids, device, rank, world)
+    stream = stored_predictions(samples, config.score, len(classes), config.label_ids, device, rank,
+                                world)
 
     def run(watch):
         return pool(stream, samples, len(classes), device, (1.0,), config.thresholds or None, watch)
     report(config, samples, classes, [(1.0, "stored")],
-           {"score": config.score, "sets": list(config.val)}, run, (Path(config.score) / "confidence").is_dir())
+           {"score": config.score, "sets": list(config.val)}, run,
+           (Path(config.score) / "confidence").is_dir())
 
 
 def evaluate_checkpoints(config, models, state, about, device, forward):
     """Evaluate on the labelled images that the flags name. forward: as in predictions."""
-    root, specs = config.data or state["config"]["data"], config.val or tuple(state["config"]["val"])
+    root, specs = (config.data or state["config"]["data"],
+                   config.val or tuple(state["config"]["val"]))
     samples, classes = labelled_samples(root, specs, config.split or "val")
     about.update(sets=list(specs), split=config.split or "val")
     if classes != tuple(state["classes"]):
-        raise ValueError(f"{about['checkpoints'][0]} knows {len(state['classes'])} classes ({state['classes'][0]}, "
-                         f"...), which are not those of {specs[0]}; name a matching set with --val or another "
-                         "--checkpoint")
+        raise ValueError(f"{about['checkpoints'][0]} knows {len(state['classes'])} classes "
+                         f"({state['classes'][0]}, ...), which are not those of {specs[0]}; "
+                         "name a matching set with --val or another --checkpoint")
     temperatures = [(t, t if isinstance(t, str) else "given") for t in config.temperature]
     words, thresholds = {how for _, how in temperatures} - {"given"}, config.thresholds or None
     if words:
         choosing, samples = split_halves(samples)
-        say(f"{' and '.join(sorted(words))} on {len(choosing)} images, every second one of each condition; all "
-            f"tables are of the other {len(samples)}")
+        say(f"{' and '.join(sorted(words))} on {len(choosing)} images, every second one of each "
+            f"condition; all tables are of the other {len(samples)}")
         stream = predictions(models, choosing, len(classes), device, what="choosing on", **forward)
-        chosen, curve = choose_temperatures(words, stream, len(choosing), len(classes), device, thresholds)
+        chosen, curve = choose_temperatures(words, stream, len(choosing), len(classes), device,
+                                            thresholds)
         temperatures = [(chosen.get(how, t), how) for t, how in temperatures]
         about["choice"] = {"images": len(choosing), "chosen": chosen, "sweep": curve}
         if chosen.get("best") in (SWEEP[0], SWEEP[-1]):
-            say(f"best T = {chosen['best']:g} lies at the end of its sweep, {SWEEP[0]:g} to {SWEEP[-1]:g}")
+            say(f"best T = {chosen['best']:g} lies at the end of its sweep, {SWEEP[0]:g} to "
+                f"{SWEEP[-1]:g}")
 
     def run(watch):
-        return evaluate(models, samples, len(classes), device, [t for t, _ in temperatures], thresholds,
-                        watch=watch, **forward)
+        return evaluate(models, samples, len(classes), device, [t for t, _ in temperatures],
+                        thresholds, watch=watch, **forward)
     report(config, samples, classes, temperatures, about, run)
 
 
@@ -1100,10 +1195,10 @@ def predict_files(config, models, state, about, device, forward):
         samples, names = submission_samples(kind, root, config.split or "test")
         folders, about = SUBMISSIONS[kind][3], {**about, "kind": kind, "theta": config.theta}
         if classes != CLASSES:
-            raise ValueError(f"{about['checkpoints'][0]} has {len(classes)} classes; --submit needs the 19 of "
-                             "Cityscapes")
-    write_predictions(models, samples, names, out, folders, about, palette_of(classes), config.temperature[0],
-                      config.theta, device, **forward)
+            raise ValueError(f"{about['checkpoints'][0]} has {len(classes)} classes; --submit "
+                             "needs the 19 of Cityscapes")
+    write_predictions(models, samples, names, out, folders, about, palette_of(classes),
+                      config.temperature[0], config.theta, device, **forward)
     if config.submit and is_first():
         write_submission(path, kind, samples, names, out)
         shutil.rmtree(out)

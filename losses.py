@@ -4,7 +4,8 @@
     loss = boundary_aware_focal_loss(logits, labels, weights)
 
 Lineage: Zhen et al., "Learning Fully Dense Neural Networks for Image Semantic Segmentation",
-AAAI 2019 (the deck's [zhen19aaai]), in the form of SwiftNet (Orsic and Segvic, Pattern Recognition 2021).
+AAAI 2019 (the deck's [zhen19aaai]), in the form of SwiftNet (Orsic and Segvic, Pattern
+Recognition 2021).
 """
 
 import torch
@@ -32,14 +33,15 @@ def boundary_distance(labels):
 def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
     """Weight of each pixel by its distance to the nearest other label (deck, part II).
 
-    labels: (B, H, W) integers. Returns (B, H, W) float32: alphas[k] for the k-th distance bin in pixels,
-    0 where labels == ignore. Ignored pixels count as another label, the image edge does not.
+    labels: (B, H, W) integers. Returns (B, H, W) float32: alphas[k] for the k-th distance bin in
+    pixels, 0 where labels == ignore. Ignored pixels count as another label, the image edge
+    does not.
     """
     if len(alphas) != len(bins) + 1:
         raise ValueError(f"{len(bins)} bins need {len(bins) + 1} alphas, found {len(alphas)}")
     squared = squared_boundary_distance(labels, bins[-1])
     weights = torch.full(labels.shape, float(alphas[-1]), device=labels.device)
-    for edge, alpha in reversed(list(zip(bins, alphas))):              # no table: a copy to a GPU would wait
+    for edge, alpha in reversed(list(zip(bins, alphas))):    # no table: a copy to a GPU would wait
         weights = weights.masked_fill(squared < edge * edge, alpha)    # strictly below
     return weights.masked_fill(labels == ignore, 0)
 
@@ -49,21 +51,23 @@ def squared_boundary_distance(labels, reach):
 
     labels: (B, H, W) integers. Returns (B, H, W) int32; FAR, or any value >= reach^2, beyond.
 
-    Along a row, the nearest other label of a pixel lies just outside its run of equal labels. In a row
-    at vertical offset dy, the nearest pixel that differs from label a in column x is (y + dy, x) itself
-    where that pixel differs from a, and else the end of that pixel's run, which has label a too. So the
-    squared distance is the minimum over dy of dy^2 + (0 or the run distance of that row squared), for
-    all labels at once.
+    Along a row, the nearest other label of a pixel lies just outside its run of equal labels. In a
+    row at vertical offset dy, the nearest pixel that differs from label a in column x is
+    (y + dy, x) itself where that pixel differs from a, and else the end of that pixel's run, which
+    has label a too. So the squared distance is the minimum over dy of dy^2 + (0 or the run distance
+    of that row squared), for all labels at once.
     """
     height, width = labels.shape[1:]
     row = squared_run_distance(labels)
     best = row.clone()
     for dy in range(1, min(height, reach)):
-        # No row further off can help. Not asked on a GPU, which would have to finish its work to answer.
+        # No row further off can help. Not asked on a GPU,
+        # which would have to finish its work to answer.
         if not labels.is_cuda and dy % 8 == 0 and dy * dy >= best.max():
             break
         same = labels[:, dy:] == labels[:, :-dy]
-        for here, there in ((slice(None, -dy), slice(dy, None)), (slice(dy, None), slice(None, -dy))):
+        for here, there in ((slice(None, -dy), slice(dy, None)),
+                            (slice(dy, None), slice(None, -dy))):
             candidate = row[:, there] * same + dy * dy
             torch.minimum(best[:, here], candidate, out=best[:, here])
     return best.clamp_(max=FAR)
@@ -84,7 +88,8 @@ def squared_run_distance(labels):
 
 
 def boundary_aware_focal_loss(logits, labels, weights, gamma=GAMMA, normalizer=None):
-    """1/N * sum of weight * exp(gamma * (1 - p)) * -log p, with p the probability of the true class.
+    """1/N * sum of weight * exp(gamma * (1 - p)) * -log p,
+    with p the probability of the true class.
 
     logits: (B, C, H, W), any float type, computed in float32. labels: (B, H, W) int64, IGNORE or
     0..C-1. weights: (B, H, W), 0 where ignored. normalizer: N, the number of pixels to divide by;
@@ -94,7 +99,8 @@ def boundary_aware_focal_loss(logits, labels, weights, gamma=GAMMA, normalizer=N
     No gradient flows through the focal factor. Mind that it is exp(gamma * (1 - p)) and lies in
     [1, e^gamma]; the (1 - p)^gamma of Lin et al. (ICCV 2017) would go to 0 for easy pixels.
     """
-    nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")   # (B, H, W)
+    nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE,
+                          reduction="none")                                         # (B, H, W)
     focal = torch.exp(gamma * (1 - torch.exp(-nll.detach())))
     if normalizer is None:
         normalizer = (weights > 0).sum()

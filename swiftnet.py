@@ -1,4 +1,5 @@
-"""SwiftNet-pyramid: one ConvNeXt on three resolutions, fused as a pyramid, upsampled by a lean ladder.
+"""SwiftNet-pyramid: one ConvNeXt on three resolutions, fused as a pyramid,
+upsampled by a lean ladder.
 
     python swiftnet.py        prints parameters and multiply-accumulates of every size
 
@@ -36,7 +37,8 @@ class SwiftNet(nn.Module):
     """Logits at the size of the image.
 
     backbone: gives features of strides 4, 8, 16, 32 and their widths in `.dims`.
-    width: channels of the pyramid and the ladder. levels: resolutions (1 is the single-scale SwiftNet).
+    width: channels of the pyramid and the ladder.
+    levels: resolutions (1 is the single-scale SwiftNet).
     """
 
     def __init__(self, backbone, num_classes=19, width=256, levels=3):
@@ -44,12 +46,13 @@ class SwiftNet(nn.Module):
         self.backbone = backbone
         self.num_classes, self.width, self.levels = num_classes, width, levels
         self.lateral = nn.ModuleList(                              # a set of projections per level
-            nn.ModuleList(bn_relu_conv(dim, width, 1) for dim in backbone.dims) for _ in range(levels))
+            nn.ModuleList(bn_relu_conv(dim, width, 1) for dim in backbone.dims)
+            for _ in range(levels))
         self.ladder = nn.ModuleList(bn_relu_conv(width, width, 3) for _ in range(levels + 2))
         self.head = bn_relu_conv(width, num_classes, 1, bias=True)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        for module in self.modules():                  # weights in the layout that their gradients have
+        for module in self.modules():              # weights in the layout that their gradients have
             if isinstance(module, nn.Conv2d):
                 module.weight.data = channels_last(module.weight.data)
 
@@ -60,7 +63,8 @@ class SwiftNet(nn.Module):
         coarsest = 32 * 2 ** (self.levels - 1)                     # stride of the coarsest feature
         x = F.pad(x, (0, -width % coarsest, 0, -height % coarsest))    # 0 is the mean colour here
         padded = x.shape[-2:]
-        # Channels-last from here on: LayerNorm and the pointwise layers need it, the rest gains by it.
+        # Channels-last from here on: LayerNorm and the pointwise layers need it,
+        # the rest gains by it.
         x = x.contiguous(memory_format=torch.channels_last)
 
         pyramid = [0] * (self.levels + 3)                          # strides 4, 8, ... coarsest
@@ -79,11 +83,13 @@ class SwiftNet(nn.Module):
 
 
 def channels_last(weight):
-    """A convolution weight (O, I, h, w) in channels-last strides. `Tensor.to` would leave depthwise ones
-    (I = 1) as they are, since their order is ambiguous, and DDP would copy every gradient of theirs."""
+    """A convolution weight (O, I, h, w) in channels-last strides. `Tensor.to` would leave depthwise
+    ones (I = 1) as they are, since their order is ambiguous, and DDP would copy every gradient of
+    theirs."""
     outputs, inputs, height, width = weight.shape
     strides = (height * width * inputs, 1, width * inputs, inputs)
-    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
+    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype,
+                               device=weight.device).copy_(weight)
 
 
 def resize(x, size):
@@ -92,7 +98,8 @@ def resize(x, size):
 
 
 def ladder_width(backbone):
-    """Default ladder width of a backbone size. 256 and 320 reproduce the deck's GMACs for B and L."""
+    """Default ladder width of a backbone size. 256 and 320 reproduce the deck's GMACs for B
+    and L."""
     dims = SIZES[backbone][1] if backbone in SIZES else (0,)
     return 128 if dims[0] < 96 else 256 if dims[0] <= 128 else 320
 
@@ -104,19 +111,21 @@ def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretr
     return SwiftNet(features, num_classes, width or ladder_width(backbone), levels)
 
 
-CHECKPOINT = {"model": dict, "architecture": dict, "classes": tuple, "config": dict, "step": int, "total": int}
+CHECKPOINT = {"model": dict, "architecture": dict, "classes": tuple, "config": dict, "step": int,
+              "total": int}
 
 
 def read_checkpoint(path):
-    """The state dict of a checkpoint that train.py wrote: tensors and plain values, with the keys of CHECKPOINT.
+    """The state dict of a checkpoint that train.py wrote: tensors and plain values,
+    with the keys of CHECKPOINT.
 
     Raises FileNotFoundError or ValueError.
     """
     state = read_tensors(path)
     wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
     if wrong or not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
-        raise ValueError(f"{path} is no checkpoint of train.py (it lacks {', '.join(wrong) or 'tensors'}); "
-                         "ImageNet weights go to --pretrained")
+        raise ValueError(f"{path} is no checkpoint of train.py (it lacks "
+                         f"{', '.join(wrong) or 'tensors'}); ImageNet weights go to --pretrained")
     return state
 
 
@@ -139,9 +148,10 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
     """Logits of one image, averaged over models, scales and the mirrored image.
 
     models: one model or several with the same classes, in eval mode. image: (3, H, W) uint8.
-    tile: side in pixels of overlapping tiles for images that do not fit at once (see forward_tiled).
-    Returns (C, H, W) float32 on the models' device. Memory: two logit maps of the image, whatever the
-    number of scales and models.
+    tile: side in pixels of overlapping tiles for images that do not fit at once (see
+    forward_tiled).
+    Returns (C, H, W) float32 on the models' device. Memory: two logit maps of the image, whatever
+    the number of scales and models.
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
     device = next(models[0].parameters()).device
@@ -168,10 +178,10 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
 def forward_tiled(model, images, tile):
     """Logits of (B, 3, H, W), computed on overlapping tiles of `tile` pixels.
 
-    Tiles start at multiples of 128, so their feature grids coincide with those of the whole image; of
-    each, the quarter at every inner edge is thrown away. What remains differs from the untiled logits
-    only as far as the network looks beyond that margin: exactly equal where the receptive field ends
-    inside the tile, close elsewhere.
+    Tiles start at multiples of 128, so their feature grids coincide with those of the whole image;
+    of each, the quarter at every inner edge is thrown away. What remains differs from the untiled
+    logits only as far as the network looks beyond that margin: exactly equal where the receptive
+    field ends inside the tile, close elsewhere.
     """
     if tile < 512 or tile % 512:
         raise ValueError(f"tile must be a multiple of 512 pixels, found {tile}")
@@ -209,7 +219,8 @@ def count_macs(model, height, width):
 
 def main():
     """Print the size table."""
-    print("SwiftNet-pyramid, 19 classes, GMACs of one 1024x2048 image (the deck's column beside ours)")
+    print("SwiftNet-pyramid, 19 classes, GMACs of one 1024x2048 image "
+          "(the deck's column beside ours)")
     print(f"{'backbone':<16} {'width':>5} {'Mparams':>8} {'GMACs':>8} {'deck':>8} {'deviation':>9}")
     for name in SIZES:
         with torch.device("meta"):
@@ -222,5 +233,6 @@ def main():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

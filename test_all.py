@@ -59,11 +59,14 @@ def tiny_model(num_classes=5, levels=3, seed=0, layer_scale=1.0):
 
 
 def write_checkpoint(path, network=None, **changes):
-    """A checkpoint as train.py writes it, of a small network with the 19 classes unless said otherwise."""
+    """A checkpoint as train.py writes it, of a small network with the 19 classes unless said
+    otherwise."""
     network = network or swiftnet.build("convnext_atto", width=16)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": network.state_dict(), "classes": data.CLASSES, "config": {"data": "data", "val": ("custom",)},
-                "architecture": {"backbone": "convnext_atto", "width": 16, "num_classes": network.num_classes},
+    torch.save({"model": network.state_dict(), "classes": data.CLASSES,
+                "config": {"data": "data", "val": ("custom",)},
+                "architecture": {"backbone": "convnext_atto", "width": 16,
+                                 "num_classes": network.num_classes},
                 "step": 1, "total": 1, **changes}, path)
 
 
@@ -85,11 +88,13 @@ def slow_convnext(model, x):
         mean = x.mean(1, keepdim=True)
         variance = ((x - mean) ** 2).mean(1, keepdim=True)
         x = (x - mean) / torch.sqrt(variance + 1e-6)
-        return x * state[name + ".weight"].view(1, -1, 1, 1) + state[name + ".bias"].view(1, -1, 1, 1)
+        return (x * state[name + ".weight"].view(1, -1, 1, 1)
+                + state[name + ".bias"].view(1, -1, 1, 1))
 
     def conv(x, name, **how):
         weight = state[name + ".weight"]
-        return F.conv2d(x, weight.view(*weight.shape, *(1,) * (4 - weight.ndim)), state[name + ".bias"], **how)
+        return F.conv2d(x, weight.view(*weight.shape, *(1,) * (4 - weight.ndim)),
+                        state[name + ".bias"], **how)
 
     features = []
     for i, depth in enumerate(model.depths):
@@ -107,7 +112,8 @@ def slow_convnext(model, x):
 
 
 def foreign_layouts(state):
-    """Our state dict under the names of the four layouts, written out independently of the reader."""
+    """Our state dict under the names of the four layouts,
+    written out independently of the reader."""
     torchvision, timm, hugging = {}, {}, {}
     for name, tensor in state.items():
         part = name.split(".")
@@ -123,7 +129,8 @@ def foreign_layouts(state):
             i, j, what = part[1], part[2], part[3]
             tv = {"dwconv": 0, "norm": 2, "pwconv1": 3, "pwconv2": 5}
             ti = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}
-            torchvision_block, timm_block = f"features.{2 * int(i) + 1}.{j}", f"stages.{i}.blocks.{j}"
+            torchvision_block, timm_block = (f"features.{2 * int(i) + 1}.{j}",
+                                             f"stages.{i}.blocks.{j}")
             hugging_block = f"convnext.encoder.stages.{i}.layers.{j}"
             if what == "gamma":
                 torchvision[torchvision_block + ".layer_scale"] = tensor.view(-1, 1, 1)
@@ -132,8 +139,10 @@ def foreign_layouts(state):
             else:
                 torchvision[f"{torchvision_block}.block.{tv[what]}.{leaf}"] = tensor
                 linear = what.startswith("pw") and leaf == "weight"
-                timm[f"{timm_block}.{ti[what]}.{leaf}"] = tensor[..., None, None] if linear else tensor
-                hugging[f"{hugging_block}.{'layernorm' if what == 'norm' else what}.{leaf}"] = tensor
+                timm[f"{timm_block}.{ti[what]}.{leaf}"] = (
+                    tensor[..., None, None] if linear else tensor)
+                hugging[f"{hugging_block}.{'layernorm' if what == 'norm' else what}."
+                        f"{leaf}"] = tensor
     width = state["downsample_layers.3.1.weight"].shape[0]
 
     def head(names):
@@ -149,7 +158,8 @@ def write_safetensors(path, tensors):
     header, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [len(blob), len(blob) + len(raw)]}
         blob += raw
     text = json.dumps(header).encode()
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + blob)
@@ -159,7 +169,8 @@ class BackboneTest(Temporary):
     # Parameters of the published classifiers with 1000 classes (torchvision and timm print them).
     PUBLISHED = {"convnext_atto": 3695520, "convnext_femto": 5217784, "convnext_pico": 9045672,
                  "convnext_nano": 15593560, "convnext_tiny": 28589128, "convnext_small": 50223688,
-                 "convnext_base": 88591464, "convnext_large": 197767336, "convnext_xlarge": 350196968}
+                 "convnext_base": 88591464, "convnext_large": 197767336,
+                 "convnext_xlarge": 350196968}
 
     def test_parameter_counts(self):
         self.assertEqual(list(self.PUBLISHED), list(convnext.SIZES))
@@ -188,7 +199,8 @@ class BackboneTest(Temporary):
         rates = [block.drop_path for stage in model.stages for block in stage]
         self.assertEqual(rates, [0.0, 0.125, 0.25, 0.375, 0.5])
         x, grads, calls = torch.randn(2, 3, 64, 64), [], []
-        model.stages[0][0].dwconv.register_forward_hook(lambda *_: calls.append(model.checkpoint_blocks))
+        model.stages[0][0].dwconv.register_forward_hook(
+            lambda *_: calls.append(model.checkpoint_blocks))
         for model.checkpoint_blocks in (False, True):
             model.zero_grad()
             torch.manual_seed(1)
@@ -204,7 +216,8 @@ class BackboneTest(Temporary):
         kept = residual.flatten(1).abs().amax(1) > 0
         self.assertAlmostEqual(kept.float().mean().item(), 0.75, delta=0.03)
         block.eval()
-        torch.testing.assert_close(residual[kept][0] * 0.75, (block(x[:1]) - x[:1])[0].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(residual[kept][0] * 0.75, (block(x[:1]) - x[:1])[0].detach(),
+                                   rtol=1e-4, atol=1e-5)
 
     def test_reads_all_layouts(self):
         torch.manual_seed(3)
@@ -229,8 +242,10 @@ class BackboneTest(Temporary):
         good = foreign_layouts(model.state_dict())["timm"]
         missing = {k: v for k, v in good.items() if k != "stages.2.blocks.0.gamma"}
         for state, words in ((missing, "missing: stages.2.0.gamma"),
-                             ({**good, "stages.0.blocks.0.extra": torch.ones(1)}, "unexpected: stages.0.blocks.0.extra"),
-                             ({**good, "stem.0.weight": torch.ones(9, 3, 4, 4)}, r"\(9, 3, 4, 4\) in the file"),
+                             ({**good, "stages.0.blocks.0.extra": torch.ones(1)},
+                              "unexpected: stages.0.blocks.0.extra"),
+                             ({**good, "stem.0.weight": torch.ones(9, 3, 4, 4)},
+                              r"\(9, 3, 4, 4\) in the file"),
                              ({"conv1.weight": torch.ones(1)}, "no ConvNeXt in the layout")):
             with self.assertRaisesRegex(ValueError, words):
                 convnext.load_pretrained(model, state)
@@ -243,10 +258,12 @@ class BackboneTest(Temporary):
             convnext.load_pretrained(large, "in22k")
         with mock.patch("torch.hub.get_dir", return_value=str(self.folder)), \
                 mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
-            with self.assertRaisesRegex(FileNotFoundError, re.escape(str(self.folder)) + ".*convnext_pico_d1"):
+            with self.assertRaisesRegex(FileNotFoundError,
+                                        re.escape(str(self.folder)) + ".*convnext_pico_d1"):
                 convnext.load_pretrained(large, "in1k")
             # What the message says: put the file there, and it is taken.
-            path = self.folder / "checkpoints" / os.path.basename(convnext.WEIGHTS["convnext_pico"]["in1k"])
+            path = (self.folder / "checkpoints"
+                    / os.path.basename(convnext.WEIGHTS["convnext_pico"]["in1k"]))
             torch.save(convnext.convnext("convnext_pico", layer_scale=0.5).state_dict(), path)
             convnext.load_pretrained(large, "in1k")
         self.assertEqual(large.stages[0][0].gamma[0].item(), 0.5)
@@ -256,11 +273,13 @@ class BackboneTest(Temporary):
         write_safetensors(good, {"a": torch.ones(4)})
         raw = good.read_bytes()
         size = int.from_bytes(raw[:8], "little")
-        bad = {"empty": b"", "text": b"hello, this is no checkpoint", "zip": b"PK\x03\x04" + bytes(50),
+        bad = {"empty": b"", "text": b"hello, this is no checkpoint",
+               "zip": b"PK\x03\x04" + bytes(50),
                "cut": raw[:-4], "header": (2 ** 62).to_bytes(8, "little") + raw[8:],
                "json": raw[:8] + b"{" + b"x" * (size - 1) + raw[8 + size:],
                "offsets": raw.replace(b"[0, 16]", b"[9, 25]"), "shape": raw.replace(b"[4]", b"[5]"),
-               "dtype": raw.replace(b"F32", b"F99"), "negative": raw.replace(b"[0, 16]", b"[-4,12]")}
+               "dtype": raw.replace(b"F32", b"F99"),
+               "negative": raw.replace(b"[0, 16]", b"[-4,12]")}
         for name, content in bad.items():
             path = self.folder / name
             path.write_bytes(content)
@@ -298,9 +317,11 @@ class SwiftNetTest(Temporary):
         """The pyramid written out stride by stride, on an image that needs no padding."""
         model = tiny_model().double().eval()
         image = torch.randint(0, 256, (1, 3, 128, 256), dtype=torch.uint8)
-        x = (image.double() - torch.tensor(swiftnet.MEAN).view(3, 1, 1)) / torch.tensor(swiftnet.STD).view(3, 1, 1)
+        x = ((image.double() - torch.tensor(swiftnet.MEAN).view(3, 1, 1))
+             / torch.tensor(swiftnet.STD).view(3, 1, 1))
         half = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-        quarter = (half[..., ::2, ::2] + half[..., 1::2, ::2] + half[..., ::2, 1::2] + half[..., 1::2, 1::2]) / 4
+        quarter = (half[..., ::2, ::2] + half[..., 1::2, ::2] + half[..., ::2, 1::2]
+                   + half[..., 1::2, 1::2]) / 4
         at = {}
         for level, image_level in enumerate((x, half, quarter)):
             for i, feature in enumerate(slow_convnext(model.backbone, image_level)):
@@ -320,7 +341,8 @@ class SwiftNetTest(Temporary):
     def test_any_size(self):
         model = tiny_model().eval()
         for height, width in ((1, 1), (3, 200), (127, 129), (128, 128), (129, 1)):
-            for images in (torch.zeros(2, 3, height, width, dtype=torch.uint8), torch.zeros(2, 3, height, width)):
+            for images in (torch.zeros(2, 3, height, width, dtype=torch.uint8),
+                           torch.zeros(2, 3, height, width)):
                 with torch.no_grad():
                     self.assertEqual(model(images).shape, (2, 5, height, width))
         # Padding is the mean colour, right and below.
@@ -333,7 +355,8 @@ class SwiftNetTest(Temporary):
     def test_one_backbone_for_all_levels(self):
         model = tiny_model()
         calls = []
-        model.backbone.register_forward_hook(lambda m, inputs, out: calls.append(tuple(inputs[0].shape[2:])))
+        model.backbone.register_forward_hook(
+            lambda m, inputs, out: calls.append(tuple(inputs[0].shape[2:])))
         model(torch.zeros(1, 3, 256, 128, dtype=torch.uint8))
         self.assertEqual(calls, [(256, 128), (128, 64), (64, 32)])
         single = tiny_model(levels=1)
@@ -350,7 +373,8 @@ class SwiftNetTest(Temporary):
         widths = {name: swiftnet.ladder_width(name) for name in convnext.SIZES}
         self.assertEqual(widths, {"convnext_atto": 128, "convnext_femto": 128, "convnext_pico": 128,
                                   "convnext_nano": 128, "convnext_tiny": 256, "convnext_small": 256,
-                                  "convnext_base": 256, "convnext_large": 320, "convnext_xlarge": 320})
+                                  "convnext_base": 256, "convnext_large": 320,
+                                  "convnext_xlarge": 320})
 
     def test_predict(self):
         models = [tiny_model(seed=seed).eval() for seed in (0, 1)]
@@ -361,7 +385,8 @@ class SwiftNetTest(Temporary):
                 x = F.interpolate(image[None].float(), size=(round(70 * scale), round(90 * scale)),
                                   mode="bilinear", align_corners=False, antialias=scale < 1)
                 y = model(x.flip(3)).flip(3) if mirrored else model(x)
-                total = total + F.interpolate(y, size=(70, 90), mode="bilinear", align_corners=False)
+                total = total + F.interpolate(y, size=(70, 90), mode="bilinear",
+                                              align_corners=False)
         ours = swiftnet.predict(models, image, scales=(0.5, 1.0, 1.5), flip=True)
         self.assertEqual((ours.shape, ours.dtype), ((5, 70, 90), torch.float32))
         torch.testing.assert_close(ours, total[0] / 12, rtol=1e-4, atol=1e-4)
@@ -369,7 +394,7 @@ class SwiftNetTest(Temporary):
     def test_tiles(self):
         """Where the receptive field ends inside the thrown-away margin, tiles change nothing."""
         model = tiny_model(levels=1).eval()
-        model.backbone.stages[3] = model.backbone.stages[2] = nn.Sequential()             # short reach
+        model.backbone.stages[3] = model.backbone.stages[2] = nn.Sequential()          # short reach
         probe = torch.rand(1, 3, 512, 512).mul(255).requires_grad_()
         model(probe)[0, :, 256, 256].sum().backward()
         touched = probe.grad.abs().sum((0, 1)).nonzero()
@@ -405,10 +430,12 @@ def brute_distance(labels):
 class LossTest(unittest.TestCase):
     def maps(self):
         random = np.random.default_rng(0)
-        for k, (height, width) in enumerate([(1, 1), (1, 23), (19, 1), (9, 31), (24, 24), (17, 29), (33, 20)]):
+        for k, (height, width) in enumerate([(1, 1), (1, 23), (19, 1), (9, 31), (24, 24), (17, 29),
+                                             (33, 20)]):
             few = torch.from_numpy(random.integers(0, 3, (2, height, width)))
             yield few
-            yield torch.where(torch.from_numpy(random.random((2, height, width)) < 0.02), 255, 7)   # thin
+            yield torch.where(torch.from_numpy(random.random((2, height, width)) < 0.02),
+                              255, 7)                                                  # thin
             blocks = torch.from_numpy(random.integers(0, 4, (2, height // 8 + 1, width // 8 + 1)))
             yield blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width]
         yield torch.full((2, 12, 15), 255)
@@ -417,20 +444,23 @@ class LossTest(unittest.TestCase):
     def test_distance_is_exact(self):
         for labels in self.maps():
             for dtype in (torch.int64, torch.uint8):
-                self.assertTrue(torch.equal(losses.boundary_distance(labels.to(dtype)), brute_distance(labels)))
+                self.assertTrue(torch.equal(losses.boundary_distance(labels.to(dtype)),
+                                            brute_distance(labels)))
 
     def test_distance_far_away(self):
         labels = torch.zeros(1, 40, 6000, dtype=torch.uint8)       # squares above 2^24
         labels[0, 39, 5999] = 1
         distance = losses.boundary_distance(labels)
-        self.assertEqual(distance[0, 0, 0].item(), float(np.float32(math.sqrt(39 ** 2 + 5999 ** 2))))
+        self.assertEqual(distance[0, 0, 0].item(),
+                         float(np.float32(math.sqrt(39 ** 2 + 5999 ** 2))))
 
     def test_distance_under_flips(self):
         labels = torch.randint(0, 3, (2, 21, 34), generator=torch.Generator().manual_seed(1))
         for axes in ((1,), (2,), (1, 2)):
             self.assertTrue(torch.equal(losses.boundary_distance(labels.flip(axes)),
                                         losses.boundary_distance(labels).flip(axes)))
-        self.assertTrue(torch.equal(losses.boundary_distance(labels.mT), losses.boundary_distance(labels).mT))
+        self.assertTrue(torch.equal(losses.boundary_distance(labels.mT),
+                                    losses.boundary_distance(labels).mT))
 
     def test_weights_table(self):
         labels = torch.zeros(1, 3, 400, dtype=torch.int64)
@@ -439,7 +469,8 @@ class LossTest(unittest.TestCase):
         expected = []
         for x in range(400):
             d = 200 - x if x < 200 else min(x - 199, 399 - x) if x < 399 else None
-            expected.append(0 if d is None else 8 if d < 4 else 6 if d < 16 else 4 if d < 64 else 2 if d < 128 else 1)
+            expected.append(0 if d is None else 8 if d < 4 else 6 if d < 16 else 4 if d < 64
+                            else 2 if d < 128 else 1)
         for row in losses.boundary_weights(labels)[0]:
             self.assertEqual(row.tolist(), expected)
 
@@ -461,7 +492,8 @@ class LossTest(unittest.TestCase):
     def test_pixel(self):
         """p = softmax([ln 3, 0])[0] = 3/4: loss = 8 exp(0.5 / 4) (-ln 0.75)."""
         logits = torch.tensor([math.log(3.0), 0.0]).view(1, 2, 1, 1)
-        loss = losses.boundary_aware_focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 8.0))
+        loss = losses.boundary_aware_focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.int64),
+                                                torch.full((1, 1, 1), 8.0))
         self.assertAlmostEqual(loss.item(), 8 * math.exp(0.125) * -math.log(0.75), places=5)
         self.assertAlmostEqual(loss.item(), 2.607892, places=5)
 
@@ -484,7 +516,7 @@ class LossTest(unittest.TestCase):
                 if c == 255:
                     continue
                 log_p = b[n, c, y, x] - torch.logsumexp(b[n, :, y, x], 0)
-                factor = math.exp(gamma * (1 - math.exp(log_p.item())))        # a number: no gradient
+                factor = math.exp(gamma * (1 - math.exp(log_p.item())))      # a number: no gradient
                 total, count = total - weights[n, y, x].double() * factor * log_p, count + 1
             slow = total / (normalizer or count)
             slow.backward()
@@ -492,7 +524,8 @@ class LossTest(unittest.TestCase):
             torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-7)
 
     def test_finite_differences(self):
-        """At gamma = 0 the loss has no detached factor, so differences must see its whole gradient."""
+        """At gamma = 0 the loss has no detached factor,
+        so differences must see its whole gradient."""
         generator = torch.Generator().manual_seed(5)
         logits = torch.randn(1, 3, 4, 4, generator=generator).requires_grad_()
         labels = torch.randint(0, 3, (1, 4, 4), generator=generator)
@@ -504,8 +537,10 @@ class LossTest(unittest.TestCase):
                 for sign in (1, -1):
                     moved = logits.clone()
                     moved[index] += sign * 0.05
-                    values.append(losses.boundary_aware_focal_loss(moved, labels, weights, gamma=0.0).item())
-                self.assertAlmostEqual((values[0] - values[1]) / 0.1, logits.grad[index].item(), places=2)
+                    values.append(losses.boundary_aware_focal_loss(moved, labels, weights,
+                                                                   gamma=0.0).item())
+                self.assertAlmostEqual((values[0] - values[1]) / 0.1, logits.grad[index].item(),
+                                       places=2)
 
     def test_all_ignored(self):
         logits = torch.randn(1, 4, 8, 8, requires_grad=True)
@@ -544,7 +579,8 @@ def brute_metrics(logits, labels, invalid, temperature, thetas):
             inside = chosen & (q > np.float32(b / 15)) & (q <= np.float32((b + 1) / 15))
             total += abs((inside & (y == labels)).sum().item() - q[inside].double().sum().item())
         return total / n
-    return mean_uiou(0), [mean_uiou(theta) for theta in thetas], error(known), error(known & (invalid == 0))
+    return (mean_uiou(0), [mean_uiou(theta) for theta in thetas], error(known),
+            error(known & (invalid == 0)))
 
 
 def logits_of(confidence, prediction, classes):
@@ -558,8 +594,9 @@ class MetricsTest(unittest.TestCase):
     def random(self, images=4, classes=6, seed=0):
         generator = torch.Generator().manual_seed(seed)
         logits = 2 * torch.randn(images, classes, 13, 17, generator=generator)
-        labels = torch.randint(0, classes - 2, (images, 13, 17), generator=generator)    # two classes absent
-        logits[:, classes - 1] -= 100                                                    # one never predicted
+        # two classes absent
+        labels = torch.randint(0, classes - 2, (images, 13, 17), generator=generator)
+        logits[:, classes - 1] -= 100                                          # one never predicted
         hint = F.one_hot(labels, classes).permute(0, 3, 1, 2)
         logits += 2 * hint * torch.rand(images, 1, 13, 17, generator=generator)
         labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
@@ -569,14 +606,15 @@ class MetricsTest(unittest.TestCase):
     def test_worked_example(self):
         truth = torch.tensor([[[0, 0], [1, 255]]])
         invalid = torch.tensor([[[0, 1], [0, 0]]])
-        logits = logits_of(torch.tensor([[[.9, .6], [.7, .8]]]), torch.tensor([[[0, 1], [1, 0]]]), 2)
+        logits = logits_of(torch.tensor([[[.9, .6], [.7, .8]]]), torch.tensor([[[0, 1], [1, 0]]]),
+                           2)
         metrics = evaluate.Metrics(2)
         metrics.update(logits, truth, invalid)
         result = metrics.compute()
         self.assertAlmostEqual(result["miou"], 0.5)
         self.assertAlmostEqual(result["auiou"], 0.55, places=3)
         self.assertAlmostEqual(result["ece"], 1 / 3, places=5)
-        self.assertAlmostEqual(result["ece_valid"], 0.2, places=5)         # pixels 1 and 3: (.1 + .3) / 2
+        self.assertAlmostEqual(result["ece_valid"], 0.2, places=5)   # pixels 1 and 3: (.1 + .3) / 2
         self.assertEqual(result["pixels"], 3)
         for theta, uiou in ((.5, .5), (.65, 1), (.75, .5), (.95, .25)):
             at = (result["thresholds"] - theta).abs().argmin()
@@ -592,7 +630,8 @@ class MetricsTest(unittest.TestCase):
             metrics = evaluate.Metrics(6, temperature, thresholds=23)
             metrics.update(logits, labels, invalid)
             result = metrics.compute()
-            miou, uiou, ece, ece_valid = brute_metrics(logits, labels, invalid, temperature, result["thresholds"])
+            miou, uiou, ece, ece_valid = brute_metrics(logits, labels, invalid, temperature,
+                                                       result["thresholds"])
             self.assertAlmostEqual(result["miou"], miou, places=12)
             np.testing.assert_allclose(result["uiou"].numpy(), uiou, rtol=0, atol=1e-12)
             self.assertAlmostEqual(result["auiou"], sum(uiou) / 23, places=12)
@@ -611,7 +650,8 @@ class MetricsTest(unittest.TestCase):
         self.assertTrue(torch.equal(iou[0][:5], iou[1][:5]) and torch.equal(iou[0][:5], iou[2][:5]))
 
     def test_consequences(self):
-        """At theta = 1/C nothing is invalid; confidence 1 everywhere gives AUIoU = mIoU; uniform logits."""
+        """At theta = 1/C nothing is invalid; confidence 1 everywhere gives AUIoU = mIoU;
+        uniform logits."""
         logits, labels, invalid = self.random()
         metrics = evaluate.Metrics(6, thresholds=11)
         metrics.update(logits, labels, invalid)
@@ -620,7 +660,8 @@ class MetricsTest(unittest.TestCase):
         certain = evaluate.Metrics(6)
         certain.update(logits * 1e6, labels, invalid)
         self.assertAlmostEqual(certain.compute()["auiou"], certain.compute()["miou"], places=12)
-        for classes in (2, 3, 7, 11, 19, 150):         # q = 1/C exactly on the first threshold: still valid
+        # q = 1/C exactly on the first threshold: still valid
+        for classes in (2, 3, 7, 11, 19, 150):
             uniform = evaluate.Metrics(classes, thresholds=5)
             uniform.update(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
             self.assertEqual(uniform.compute()["uiou"][0].item(), uniform.compute()["miou"])
@@ -636,7 +677,8 @@ class MetricsTest(unittest.TestCase):
         """q = 1/3 = 5/15 falls into (4/15, 5/15], bin 4; q = 1 into the last."""
         metrics = evaluate.Metrics(3)
         metrics.update(torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))
-        metrics.update(torch.tensor([500.0, 0, 0]).view(1, 3, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))
+        metrics.update(torch.tensor([500.0, 0, 0]).view(1, 3, 1, 1),
+                       torch.zeros(1, 1, 1, dtype=torch.int64))
         self.assertEqual(metrics.compute()["reliability"][0].nonzero().flatten().tolist(), [4, 14])
 
     def test_empty_and_one_class(self):
@@ -695,13 +737,14 @@ def pattern(values, width=24, height=16):
 class Fixtures:
     """Tiny trees in the official layouts, traps included (datasets.md, section 14).
 
-    Each method writes one set below `root` and returns [(split, image stem, {label value: train id})],
-    with train ids taken from the sets' documentation, not from our tables.
+    Each method writes one set below `root` and returns [(split, image stem, {label value: train
+    id})], with train ids taken from the sets' documentation, not from our tables.
     """
 
     @staticmethod
     def cityscapes(root):
-        ids = {0: 255, 1: 255, 2: 255, 3: 255, 7: 0, 8: 1, 11: 2, 14: 255, 23: 10, 26: 13, 29: 255, 33: 18}
+        ids = {0: 255, 1: 255, 2: 255, 3: 255, 7: 0, 8: 1, 11: 2, 14: 255, 23: 10, 26: 13, 29: 255,
+               33: 18}
         base, expected = root / "cityscapes", []
         for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "lindau")):
             stem = f"{city}_000001_000019"
@@ -711,7 +754,8 @@ class Fixtures:
             put(base / f"gtFine/{split}/{city}/{stem}_gtFine_instanceIds.png", pattern([0]))
             expected.append((split, f"{stem}_leftImg8bit", ids))
         put(base / "leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png", picture(2))
-        put(base / "gtFine/test/berlin/berlin_000000_000019_gtFine_labelIds.png", pattern([3]))     # a dummy
+        # a dummy
+        put(base / "gtFine/test/berlin/berlin_000000_000019_gtFine_labelIds.png", pattern([3]))
         expected.append(("test", "berlin_000000_000019_leftImg8bit", None))
         return expected
 
@@ -720,7 +764,8 @@ class Fixtures:
         base, ids = root / "cityscapes", {0: 255, 7: 0, 26: 13}
         for stem in ("troisdorf_000000_000073", "troisdorf_000000_000074"):
             put(base / f"leftImg8bit/train_extra/troisdorf/{stem}_leftImg8bit.png", picture())
-            put(base / f"gtCoarse/train_extra/troisdorf/{stem}_gtCoarse_labelIds.png", pattern(list(ids)))
+            put(base / f"gtCoarse/train_extra/troisdorf/{stem}_gtCoarse_labelIds.png",
+                pattern(list(ids)))
         return [("train", "troisdorf_000000_000074_leftImg8bit", ids)]
 
     @staticmethod
@@ -728,7 +773,8 @@ class Fixtures:
         ids = {0: 255, 2: 1, 4: 4, 13: 0, 27: 10, 41: 255, 55: 13, 64: 255, 65: 255}
         expected = []
         for folder, split, stem, size in (("training", "train", "-AAAAAAAAAAAAAAAAAAAAA", (24, 16)),
-                                          ("validation", "val", "zBBBBBBBBBBBBBBBBBBBBB", (16, 24))):
+                                          ("validation", "val", "zBBBBBBBBBBBBBBBBBBBBB",
+                                           (16, 24))):
             put(root / f"vistas/{folder}/images/{stem}.jpg", picture(0, *size))
             label = Image.fromarray(pattern(list(ids), *size), "P")
             label.putpalette([(7 * i) % 256 for i in range(768)])
@@ -748,7 +794,8 @@ class Fixtures:
         for name in ("aaa", "shared"):
             put(root / f"bdd100k/images/10k/train/{name}.jpg", picture())
             put(root / f"bdd100k/labels/sem_seg/masks/train/{name}.png", pattern(list(ids)))
-        for i, (split, name) in enumerate((("train", "shared"), ("train", "only100k"), ("val", "other"))):
+        for i, (split, name) in enumerate((("train", "shared"), ("train", "only100k"),
+                                           ("val", "other"))):
             put(root / f"bdd100k/images/100k/{split}/{name}.jpg", picture(i))
         return [("train", "aaa", ids), ("train", "shared", ids)]
 
@@ -770,23 +817,28 @@ class Fixtures:
     def wilddash_final(root):
         put(root / "wilddash/images/at0002_100000.jpg", picture())
         segment = np.zeros((16, 24), np.int64)
-        segment[:4], segment[4:8], segment[8:12] = 300, 70_000, 5          # ids above 255 and above 65535
+        segment[:4], segment[4:8], segment[8:12] = 300, 70_000, 5    # ids above 255 and above 65535
         put(root / "wilddash/panoptic/at0002_100000.png",
             np.stack([segment % 256, segment // 256 % 256, segment // 65536], 2).astype(np.uint8))
         (root / "wilddash/panoptic.json").write_text(json.dumps({"annotations": [{
             "file_name": "at0002_100000.png", "segments_info": [
-                {"id": 300, "category_id": 7}, {"id": 70_000, "category_id": 26}, {"id": 5, "category_id": 45}]}]}))
-        return [("train", "at0002_100000", np.select([segment == 300, segment == 70_000, segment == 5], [0, 13, 5], 255))]
+                {"id": 300, "category_id": 7}, {"id": 70_000, "category_id": 26},
+                {"id": 5, "category_id": 45}]}]}))
+        return [("train", "at0002_100000",
+                 np.select([segment == 300, segment == 70_000, segment == 5], [0, 13, 5], 255))]
 
     @staticmethod
     def acdc(root, images="rgb_anon", labels="gt"):
         ids, expected = {0: 0, 10: 10, 18: 18, 255: 255}, []
-        for condition, split in itertools.product(("fog", "night", "rain", "snow"), ("train", "val", "test")):
+        for condition, split in itertools.product(("fog", "night", "rain", "snow"),
+                                                  ("train", "val", "test")):
             stem, sequence = "GOPR0475_frame_000041", f"{condition}/{split}/GOPR0475/"
             put(root / f"acdc/{images}/{sequence}{stem}_rgb_anon.png", picture(len(expected)))
-            put(root / f"acdc/{images}/{condition}/{split}_ref/GOPR0475/{stem}_rgb_ref_anon.png", picture(3))
+            put(root / f"acdc/{images}/{condition}/{split}_ref/GOPR0475/{stem}_rgb_ref_anon.png",
+                picture(3))
             if split != "test":
-                put(root / f"acdc/{labels}/{sequence}{stem}_gt_labelTrainIds.png", pattern(list(ids)))
+                put(root / f"acdc/{labels}/{sequence}{stem}_gt_labelTrainIds.png",
+                    pattern(list(ids)))
                 put(root / f"acdc/{labels}/{sequence}{stem}_gt_invIds.png", pattern([0, 1, 1]))
                 put(root / f"acdc/{labels}/{sequence}{stem}_gt_labelIds.png", pattern([33]))
             expected.append((split, f"{stem}_rgb_anon", ids if split != "test" else None))
@@ -799,22 +851,26 @@ class Fixtures:
     @staticmethod
     def camvid(root):
         ids = {0: 0, 3: 3, 10: 10, 11: 255}
-        for split, stem, kind in (("train", "0001TP_006690", "jpg"), ("train", "0016E5_00390", "png"),
-                                  ("val", "0016E5_07959", "png")):
+        for split, stem, kind in (("train", "0001TP_006690", "jpg"),
+                                  ("train", "0016E5_00390", "png"), ("val", "0016E5_07959", "png")):
             put(root / f"camvid/{split}/{stem}.{kind}", picture(len(stem) + ord(split[0])))
             put(root / f"camvid/{split}annot/{stem}.png", pattern(list(ids)))
-        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids), ("val", "0016E5_07959", ids)]
+        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids),
+                ("val", "0016E5_07959", ids)]
 
     @staticmethod
     def camvid_19(root):
         Fixtures.camvid(root)
         ids = {0: 10, 3: 0, 10: 12, 11: 255}
-        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids), ("val", "0016E5_07959", ids)]
+        return [("train", "0001TP_006690", ids), ("train", "0016E5_00390", ids),
+                ("val", "0016E5_07959", ids)]
 
     @staticmethod
     def ade20k(root):
         base, ids = root / "ADEChallengeData2016", {0: 255, 1: 0, 150: 149}
-        put(base / "images/training/ADE_train_00000001.jpg", Image.fromarray(picture()[..., 0], "L"))    # grey
+        # grey
+        put(base / "images/training/ADE_train_00000001.jpg",
+            Image.fromarray(picture()[..., 0], "L"))
         put(base / "annotations/training/ADE_train_00000001.png", pattern(list(ids)))
         return [("train", "ADE_train_00000001", ids)]
 
@@ -822,7 +878,8 @@ class Fixtures:
     def custom(root, classes=3, size=(24, 16), images=1):
         ids = {**{i: i for i in range(classes)}, 255: 255}
         for split, i in itertools.product(("train", "val"), range(images)):
-            put(root / f"custom/images/{split}/frame{i} of mine.png", picture(i + 100 * (split == "val"), *size))
+            put(root / f"custom/images/{split}/frame{i} of mine.png",
+                picture(i + 100 * (split == "val"), *size))
             put(root / f"custom/labels/{split}/frame{i} of mine.png", pattern(list(ids), *size))
         (root / "custom/classes.txt").write_text("".join(f"kind {i}\n" for i in range(classes)))
         return [(split, "frame0 of mine", ids) for split in ("train", "val")]
@@ -831,18 +888,23 @@ class Fixtures:
     def dark_zurich(root):
         base, ids = root / "dark_zurich", {0: 0, 255: 255}
         for time_of_day in ("day", "night", "twilight"):
-            put(base / f"rgb_anon/train/{time_of_day}/GOPR0345/GOPR0345_frame_000001_rgb_anon.png", picture())
+            put(base / f"rgb_anon/train/{time_of_day}/GOPR0345/GOPR0345_frame_000001_rgb_anon.png",
+                picture())
         put(base / "rgb_anon/val/night/GOPR0356/GOPR0356_frame_000321_rgb_anon.png", picture())
-        put(base / "rgb_anon/val_ref/day/GOPR0356_ref/GOPR0356_frame_000321_ref_rgb_anon.png", picture())
-        put(base / "gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_labelTrainIds.png", pattern(list(ids)))
+        put(base / "rgb_anon/val_ref/day/GOPR0356_ref/GOPR0356_frame_000321_ref_rgb_anon.png",
+            picture())
+        put(base / "gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_labelTrainIds.png",
+            pattern(list(ids)))
         put(base / "gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_invIds.png", pattern([0, 1]))
-        return [("train", "GOPR0345_frame_000001_rgb_anon", None)] * 3 + [("val", "GOPR0356_frame_000321_rgb_anon", ids)]
+        return ([("train", "GOPR0345_frame_000001_rgb_anon", None)] * 3
+                + [("val", "GOPR0356_frame_000321_rgb_anon", ids)])
 
     @staticmethod
     def nightcity(root):
         ids = {7: 0, 23: 10, 34: 255}
         put(root / "nightcity/NightCity-images/images/train/Chicago_0001.png", picture())
-        put(root / "nightcity/NightCity-label/label/train/Chicago_0001_labelIds.png", pattern(list(ids)))
+        put(root / "nightcity/NightCity-label/label/train/Chicago_0001_labelIds.png",
+            pattern(list(ids)))
         return [("train", "Chicago_0001", ids)]
 
     @staticmethod
@@ -857,11 +919,13 @@ class Fixtures:
 
 class DataTest(Temporary):
     def test_every_set_is_read_back(self):
-        """Every layout, pixel by pixel, through the documented values; the traps must not be walked into."""
+        """Every layout, pixel by pixel, through the documented values;
+        the traps must not be walked into."""
         fixtures = [name for name in vars(Fixtures) if not name.startswith("_") and name != "pools"]
         for fixture in fixtures:
             root = self.folder / fixture
-            name = next(n for n in sorted(data.DATASETS, key=len, reverse=True) if fixture.startswith(n))
+            name = next(n for n in sorted(data.DATASETS, key=len, reverse=True)
+                        if fixture.startswith(n))
             expected = getattr(Fixtures, fixture)(root)
             found = [(split, sample) for split in ("train", "val", "test")
                      for sample in data.find_samples(root, name, split)]
@@ -873,7 +937,8 @@ class DataTest(Temporary):
                 image, ids, invalid = data.read_sample(sample, classes)
                 mapping = wanted[split, Path(sample.image).stem]
                 with Image.open(sample.image) as raw:
-                    np.testing.assert_array_equal(image, np.asarray(raw.convert("RGB")).transpose(2, 0, 1))
+                    np.testing.assert_array_equal(image,
+                                                  np.asarray(raw.convert("RGB")).transpose(2, 0, 1))
                 if mapping is None:
                     self.assertIsNone(ids)
                 elif isinstance(mapping, np.ndarray):
@@ -884,14 +949,16 @@ class DataTest(Temporary):
                     self.assertEqual(set(values.flat), set(mapping))
                     np.testing.assert_array_equal(ids, np.vectorize(mapping.get)(values), fixture)
                 if invalid is not None:
-                    np.testing.assert_array_equal(invalid, pattern([0, 1, 1] if name == "acdc" else [0, 1]) == 1)
+                    np.testing.assert_array_equal(
+                        invalid, pattern([0, 1, 1] if name == "acdc" else [0, 1]) == 1)
 
     def test_pools(self):
         Fixtures.pools(self.folder)
         Fixtures.bdd100k(self.folder)
         counts = {name: len(data.find_samples(self.folder, name, "train"))
                   for name in ("cadc", "cadc_all", "nightowls", "stf", "bdd100k_100k")}
-        self.assertEqual(counts, {"cadc": 1, "cadc_all": 2, "nightowls": 3, "stf": 1, "bdd100k_100k": 1})
+        self.assertEqual(counts,
+                         {"cadc": 1, "cadc_all": 2, "nightowls": 3, "stf": 1, "bdd100k_100k": 1})
         only, = data.find_samples(self.folder, "bdd100k_100k", "train")
         self.assertEqual(Path(only.image).stem, "only100k")        # "shared" is in 10K: a leak
 
@@ -900,7 +967,8 @@ class DataTest(Temporary):
         samples = data.find_samples(self.folder, "acdc", "val")
         self.assertEqual([s.condition for s in samples], ["fog", "night", "rain", "snow"])
         for sample in samples:
-            self.assertIn(f"gt/{sample.condition}/val/GOPR0475/GOPR0475_frame_000041_gt_labelTrainIds.png", sample.label)
+            self.assertIn(f"gt/{sample.condition}/val/GOPR0475/"
+                          "GOPR0475_frame_000041_gt_labelTrainIds.png", sample.label)
             self.assertIn(f"{sample.condition}/val_ref/", sample.reference)
             _, ids, invalid = data.read_sample(sample, 19)
             self.assertTrue(((ids != 255) & invalid).any())         # labelled and invalid at once
@@ -909,7 +977,8 @@ class DataTest(Temporary):
 
     def test_tables(self):
         """Total and within range; the values that the documentation names one by one."""
-        sizes = {"cityscapes": 35, "vistas": 66, "wilddash": 81, "ade20k": 151, "camvid": 12, "camvid_19": 12}
+        sizes = {"cityscapes": 35, "vistas": 66, "wilddash": 81, "ade20k": 151, "camvid": 12,
+                 "camvid_19": 12}
         for name, size in sizes.items():
             row = data.DATASETS[name]
             self.assertEqual(len(row.table), size, name)
@@ -917,9 +986,11 @@ class DataTest(Temporary):
             if name not in ("vistas", "camvid_19"):        # these two do not know every class
                 self.assertEqual(set(row.table) - {255}, set(range(len(row.classes))), name)
         self.assertEqual(len(data.VISTAS_CONSERVATIVE), 66)
-        labels = "7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split()      # of train ids 0..18
+        # of train ids 0..18
+        labels = "7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split()
         self.assertEqual([data.CITYSCAPES_TABLE[int(i)] for i in labels], list(range(19)))
-        self.assertEqual((len(data.CLASSES), len(data.PALETTE), len(set(data.PALETTE))), (19, 19, 19))
+        self.assertEqual((len(data.CLASSES), len(data.PALETTE), len(set(data.PALETTE))),
+                         (19, 19, 19))
         self.assertEqual(len(set(data.generated_palette(150))), 150)
 
     def test_sequences(self):
@@ -929,13 +1000,16 @@ class DataTest(Temporary):
         put(self.folder / "custom/images/train/UPPER.JPG", picture(), format="JPEG")
         put(self.folder / "custom/labels/train/UPPER.png", pattern([0]))
         self.assertEqual(len(data.find_samples(self.folder, "custom", "train")), 1)
-        self.assertEqual([(Path(s.image).stem, s.condition) for s in dusk], [("0001TP_006690", "dusk")])
+        self.assertEqual([(Path(s.image).stem, s.condition) for s in dusk],
+                         [("0001TP_006690", "dusk")])
         self.assertEqual(len(data.gather(self.folder, ("cityscapes:bochum",), "train")), 1)
         self.assertEqual(len(data.gather(self.folder, ("cityscapes:bochum,aachen",), "train")), 2)
-        for specs, words in ((("cityscapes:paris",), "nothing of paris"), (("nonsense",), "unknown dataset"),
+        for specs, words in ((("cityscapes:paris",), "nothing of paris"),
+                             (("nonsense",), "unknown dataset"),
                              (("cityscapes:bochum,pari",), "nothing of pari"),
                              (("camvid:0001TP", "camvid"), "named twice in camvid:0001TP camvid"),
-                             (("camvid", "cityscapes"), "different classes"), (("acdc",), "looked for .*rgb_anon")):
+                             (("camvid", "cityscapes"), "different classes"),
+                             (("acdc",), "looked for .*rgb_anon")):
             with self.assertRaisesRegex(ValueError, words):
                 data.gather(self.folder, specs, "train")
         self.assertEqual(len(data.gather(self.folder, ("camvid_19", "cityscapes"), "train")), 4)
@@ -974,7 +1048,8 @@ class DataTest(Temporary):
 
     def test_augment_equals_resize_then_crop(self):
         """Against the usual order (resize everything, crop, pad, flip), to one grey level."""
-        smooth = np.asarray(Image.fromarray(picture(5, 12, 9)).resize((121, 87), Image.Resampling.BICUBIC))
+        smooth = np.asarray(Image.fromarray(picture(5, 12, 9)).resize(
+            (121, 87), Image.Resampling.BICUBIC))
         put(self.folder / "custom/images/train/a.png", smooth)
         put(self.folder / "custom/labels/train/a.png", pattern(range(7), 121, 87))
         (self.folder / "custom/classes.txt").write_text("x\n" * 7)
@@ -983,17 +1058,20 @@ class DataTest(Temporary):
             crop = 64
             image, ids = data.augment(sample, 7, np.random.default_rng(seed), crop)
             rng = np.random.default_rng(seed)
-            zoom = rng.uniform(0.5, 2.0)                          # in the order in which augment draws
+            zoom = rng.uniform(0.5, 2.0)                       # in the order in which augment draws
             width, height = round(121 * zoom), round(87 * zoom)
-            left, top = rng.integers(width - min(width, crop) + 1), rng.integers(height - min(height, crop) + 1)
+            left, top = (rng.integers(width - min(width, crop) + 1),
+                         rng.integers(height - min(height, crop) + 1))
             flip = rng.random() < 0.5
             area = (left, top, left + min(width, crop), top + min(height, crop))
             usual = np.empty((crop, crop, 3), np.uint8)
             usual[:] = (124, 116, 104)
-            part = np.asarray(Image.fromarray(smooth).resize((width, height), Image.Resampling.BILINEAR).crop(area))
+            part = np.asarray(Image.fromarray(smooth).resize((width, height),
+                                                             Image.Resampling.BILINEAR).crop(area))
             usual[:part.shape[0], :part.shape[1]] = part
             usual_ids = np.full((crop, crop), 255, np.uint8)
-            label = Image.open(sample.label).resize((width, height), Image.Resampling.NEAREST).crop(area)
+            label = Image.open(sample.label).resize((width, height),
+                                                    Image.Resampling.NEAREST).crop(area)
             usual_ids[:part.shape[0], :part.shape[1]] = np.asarray(label)
             if flip:
                 usual, usual_ids = usual[:, ::-1], usual_ids[:, ::-1]
@@ -1002,7 +1080,8 @@ class DataTest(Temporary):
 
     def test_image_and_label_stay_aligned(self):
         """The image shows its label's number in every channel; after augmentation it still must."""
-        blocks = np.kron(np.random.default_rng(0).integers(0, 7, (6, 8)), np.ones((20, 20))).astype(np.uint8)
+        blocks = np.kron(np.random.default_rng(0).integers(0, 7, (6, 8)),
+                         np.ones((20, 20))).astype(np.uint8)
         put(self.folder / "custom/images/train/a.png", np.repeat(30 * blocks[..., None], 3, 2))
         put(self.folder / "custom/labels/train/a.png", blocks)
         (self.folder / "custom/classes.txt").write_text("x\n" * 7)
@@ -1011,13 +1090,16 @@ class DataTest(Temporary):
             image, ids = data.augment(sample, 7, np.random.default_rng(seed), 100)
             valid = ids != 255
             agree = np.abs(image[..., 0].astype(int) - 30 * ids.astype(int))[valid] <= 2
-            self.assertGreater(agree.mean(), 0.85)      # interpolation blurs the pixels along the borders
+            # interpolation blurs the pixels along the borders
+            self.assertGreater(agree.mean(), 0.85)
             self.assertTrue((image[~valid] == (124, 116, 104)).all())
 
     def test_large_jpeg_is_drafted(self):
         """A JPEG over 1080 is decoded small, and its label still falls on it."""
-        blocks = np.kron(np.random.default_rng(1).integers(0, 7, (12, 16)), np.ones((200, 200))).astype(np.uint8)
-        put(self.folder / "custom/images/train/a.jpg", np.repeat(30 * blocks[..., None], 3, 2), quality=95)
+        blocks = np.kron(np.random.default_rng(1).integers(0, 7, (12, 16)),
+                         np.ones((200, 200))).astype(np.uint8)
+        put(self.folder / "custom/images/train/a.jpg", np.repeat(30 * blocks[..., None], 3, 2),
+            quality=95)
         put(self.folder / "custom/labels/train/a.png", blocks)
         (self.folder / "custom/classes.txt").write_text("x\n" * 7)
         sample, = data.gather(self.folder, ("custom",), "train")
@@ -1035,14 +1117,17 @@ class DataTest(Temporary):
         for workers in (0, 2):
             sampler = data.StepSampler([1] * 5, 4, 2, first=1, last=5, seed=3)
             loader = torch.utils.data.DataLoader(data.TrainSet(samples, 3, 64, (0.5, 2.0), 3),
-                                                 batch_sampler=sampler, num_workers=workers, collate_fn=data.collate)
+                                                 batch_sampler=sampler, num_workers=workers,
+                                                 collate_fn=data.collate)
             batches[workers] = list(loader)
         self.assertEqual(len(batches[0]), 4)
         for a, b in zip(*batches.values()):
             self.assertTrue(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]))
         dataset = data.TrainSet(samples, 3, 64, (0.5, 2.0), 3)
-        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[1, 0, 0, -1][0]))      # another epoch
-        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[0, 1, 0, -1][0]))      # another position
+        # another epoch
+        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[1, 0, 0, -1][0]))
+        # another position
+        self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[0, 1, 0, -1][0]))
 
     def test_step_sampler(self):
         whole = list(data.StepSampler([1] * 10, 4, 3, 0, 7, seed=1))
@@ -1053,7 +1138,7 @@ class DataTest(Temporary):
         self.assertEqual(whole[5:], list(data.StepSampler([1] * 10, 4, 3, 5, 7, seed=1)))
         self.assertEqual([key[0] for step in whole for key in step], [0] * 12 + [1] * 12 + [2] * 4)
         first = [key[2] for step in whole[:3] for key in step]
-        self.assertEqual(sorted(first[:10]), list(range(10)))                        # every image before any twice
+        self.assertEqual(sorted(first[:10]), list(range(10)))         # every image before any twice
         self.assertNotEqual(first, [key[2] for step in whole[3:6] for key in step])
 
     def test_check_command(self):
@@ -1061,19 +1146,23 @@ class DataTest(Temporary):
         Fixtures.custom(self.folder)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(data.check(self.folder), [])
-        self.assertRegex(out.getvalue(), r"acdc +val +4 +4 +4  fog 1, night 1, rain 1, snow 1; 24x16")
-        self.assertRegex(out.getvalue(), r"cityscapes +\S+leftImg8bit/\{split\}/\*/\*_leftImg8bit.png")
-        shutil.copy(self.folder / "custom/images/train/frame0 of mine.png", self.folder / "custom/images/val/copy.png")
+        self.assertRegex(out.getvalue(),
+                         r"acdc +val +4 +4 +4  fog 1, night 1, rain 1, snow 1; 24x16")
+        self.assertRegex(out.getvalue(),
+                         r"cityscapes +\S+leftImg8bit/\{split\}/\*/\*_leftImg8bit.png")
+        shutil.copy(self.folder / "custom/images/train/frame0 of mine.png",
+                    self.folder / "custom/images/val/copy.png")
         put(self.folder / "custom/labels/train/lonely.png", pattern([0]))
         put(self.folder / "custom/labels/train/frame0 of mine.png", pattern([9]))
         with contextlib.redirect_stdout(io.StringIO()):
             problems = "\n".join(data.check(self.folder))
-        for words in ("custom val: 1 images without label", "custom train: 1 labels without image", "same file",
-                      r"values \[9\] have no meaning"):
+        for words in ("custom val: 1 images without label", "custom train: 1 labels without image",
+                      "same file", r"values \[9\] have no meaning"):
             self.assertRegex(problems, words)
 
     def test_modes_and_rotation(self):
-        """RGBA, grey and palette images become RGB; an EXIF rotation is not applied, as labels know none."""
+        """RGBA, grey and palette images become RGB; an EXIF rotation is not applied,
+        as labels know none."""
         Fixtures.custom(self.folder)
         sample, = data.gather(self.folder, ("custom",), "train")
         pixels = picture(3)
@@ -1081,14 +1170,17 @@ class DataTest(Temporary):
                                 (Image.fromarray(pixels[..., 0]), np.repeat(pixels[..., :1], 3, 2)),
                                 (Image.fromarray(pixels).quantize(256), None)):
             put(Path(sample.image), image)
-            with contextlib.nullcontext() if expected is not None else Image.open(sample.image) as raw:
+            with (contextlib.nullcontext() if expected is not None
+                  else Image.open(sample.image)) as raw:
                 expected = np.asarray(raw.convert("RGB")) if expected is None else expected
-            np.testing.assert_array_equal(data.read_sample(sample, 3)[0], expected.transpose(2, 0, 1))
+            np.testing.assert_array_equal(data.read_sample(sample, 3)[0],
+                                          expected.transpose(2, 0, 1))
         rotated = Path(sample.image).with_suffix(".jpg")
         exif = Image.Exif()
         exif[0x0112] = 6                                                # "turn by 90 degrees"
         put(rotated, pixels, exif=exif)
-        self.assertEqual(data.read_sample(sample._replace(image=str(rotated)), 3)[0].shape, (3, 16, 24))
+        self.assertEqual(data.read_sample(sample._replace(image=str(rotated)), 3)[0].shape,
+                         (3, 16, 24))
 
     def test_one_corrupt_file_among_many(self):
         (self.folder / "custom").mkdir()
@@ -1113,12 +1205,16 @@ class DataTest(Temporary):
         for spec in ("acdc*", "acdc*0", "acdc*-1", "acdc*many", "acdc*nan"):
             with self.assertRaises(ValueError, msg=spec):
                 data.parse_spec(spec)
-        orders = [data.epoch_order([1.0] * 10 + [2.5] * 10, 30, seed=0, epoch=epoch) for epoch in range(40)]
-        turns = np.array([np.bincount(order, minlength=20) for order in orders])     # 30 of 30 to 40 turns
+        orders = [data.epoch_order([1.0] * 10 + [2.5] * 10, 30, seed=0, epoch=epoch)
+                  for epoch in range(40)]
+        # 30 of 30 to 40 turns
+        turns = np.array([np.bincount(order, minlength=20) for order in orders])
         self.assertEqual((turns[:, :10].max(), turns[:, 10:].max()), (1, 3))
         self.assertAlmostEqual(turns[:, 10:].sum() / turns[:, :10].sum(), 2.5, delta=0.3)
-        many = np.concatenate([data.epoch_order([0.25] * 400, 100, 0, epoch) for epoch in range(20)])
-        self.assertAlmostEqual(len(set(many[:90])) / 90, 1, delta=0.01)          # a quarter of the images, once each
+        many = np.concatenate([data.epoch_order([0.25] * 400, 100, 0, epoch)
+                               for epoch in range(20)])
+        # a quarter of the images, once each
+        self.assertAlmostEqual(len(set(many[:90])) / 90, 1, delta=0.01)
         Fixtures.cityscapes(self.folder)
         Fixtures.pools(self.folder)
         folder = self.folder / "pseudo/v1"
@@ -1126,23 +1222,27 @@ class DataTest(Temporary):
         put(folder / "cadc/0000000000.png", pattern([0, 13, 255]))
 
         def manifest(*rows):
-            (folder / "manifest.csv").write_text("image,label,kept,selected\n" + "\n".join(rows) + "\n")
+            (folder / "manifest.csv").write_text("image,label,kept,selected\n" + "\n".join(rows)
+                                                 + "\n")
         manifest(f"{image},cadc/0000000000.png,0.9,1", f"{image},cadc/other.png,0.1,0")
         with contextlib.chdir(self.folder):
             samples = data.gather(".", ("cityscapes", "pseudo/v1*3"), "train", True)
             self.assertEqual([s.dataset for s in samples], ["cityscapes"] * 2 + ["pseudo/v1"])
             _, ids, _ = data.read_sample(samples[-1], 19)
             self.assertEqual(set(np.unique(ids)), {0, 13, 255})
-            for row in (f"../../etc/passwd,x.png,1,1", f"{image},/etc/passwd,1,1", f"{image},../x.png,1,1", f"{image},,1,1"):
+            for row in (f"../../etc/passwd,x.png,1,1", f"{image},/etc/passwd,1,1",
+                        f"{image},../x.png,1,1", f"{image},,1,1"):
                 manifest(row)
-                with self.assertRaisesRegex(ValueError, "line 2: image and label must be paths below"):
+                with self.assertRaisesRegex(ValueError,
+                                            "line 2: image and label must be paths below"):
                     data.gather(".", ("pseudo/v1",), "train", True)
             (folder / "manifest.csv").write_text("nothing\n")
             with self.assertRaisesRegex(ValueError, "expected columns image and label"):
                 data.gather(".", ("pseudo/v1",), "train", True)
 
     def test_classes_come_up_evenly(self):
-        """Crops drawn for a class show it; rare classes come as often as common ones; counts are kept."""
+        """Crops drawn for a class show it; rare classes come as often as common ones;
+        counts are kept."""
         (self.folder / "custom").mkdir()
         (self.folder / "custom/classes.txt").write_text("common\nrare\nrarest\n")
         for i in range(12):
@@ -1158,8 +1258,9 @@ class DataTest(Temporary):
             np.testing.assert_array_equal(counts[:, 2], [9 * (i == 7) for i in range(12)])
             cache, = Path("runs").iterdir()
             with mock.patch.object(data.CountSet, "__getitem__", side_effect=AssertionError):
-                np.testing.assert_array_equal(data.class_counts(samples, 3), counts)        # from the file
-            put(Path(samples[0].label), np.full((200, 200), 2, np.uint8))                   # changed: counted anew
+                # from the file
+                np.testing.assert_array_equal(data.class_counts(samples, 3), counts)
+            put(Path(samples[0].label), np.full((200, 200), 2, np.uint8))    # changed: counted anew
             self.assertEqual(data.class_counts(samples, 3)[0].tolist(), [0, 0, 40000])
             cache.write_bytes(b"broken")
             put(Path(samples[0].label), np.asarray(Image.open(samples[1].label)))
@@ -1171,15 +1272,19 @@ class DataTest(Temporary):
         for key in keys:
             image, ids, error = dataset[key]
             self.assertIsNone(error)
-            # At zoom 1/2 a class of 3 pixels may fall between the samples of nearest-neighbour scaling.
+            # At zoom 1/2 a class of 3 pixels may fall between the samples of
+            # nearest-neighbour scaling.
             self.assertTrue((ids == key[3]).any() or key[3] == 2, key)
-        half = [key for step in data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=0.5) for key in step]
+        half = [key
+                for step in data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=0.5)
+                for key in step]
         self.assertTrue(15 < sum(key[3] >= 0 for key in half) < 45)
 
     def test_jitter(self):
         Fixtures.custom(self.folder, size=(80, 60))
         sample, = data.gather(self.folder, ("custom",), "train")
-        plain, jittered = (data.augment(sample, 3, np.random.default_rng(1), 64, jitter=j) for j in (0.0, 0.5))
+        plain, jittered = (data.augment(sample, 3, np.random.default_rng(1), 64, jitter=j)
+                           for j in (0.0, 0.5))
         np.testing.assert_array_equal(plain[1], jittered[1])
         self.assertFalse(np.array_equal(plain[0], jittered[0]))
 
@@ -1187,7 +1292,8 @@ class DataTest(Temporary):
         Fixtures.acdc(self.folder)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             data.contact_sheets(self.folder, 2, self.folder / "sheets")
-        self.assertEqual([Path(line).name for line in out.getvalue().split()], ["acdc_train.png", "acdc_val.png"])
+        self.assertEqual([Path(line).name for line in out.getvalue().split()],
+                         ["acdc_train.png", "acdc_val.png"])
         with Image.open(self.folder / "sheets/acdc_val.png") as sheet:
             self.assertEqual(sheet.height, 2 * 248)
 
@@ -1198,7 +1304,8 @@ class DataTest(Temporary):
         with self.assertRaises(KeyError), data.whole_file(path) as temporary:
             temporary.write_text("two, cut")
             raise KeyError
-        self.assertEqual((path.read_text(), [p.name for p in path.parent.iterdir()]), ("one", ["file.txt"]))
+        self.assertEqual((path.read_text(), [p.name for p in path.parent.iterdir()]),
+                         ("one", ["file.txt"]))
 
     def test_colour(self):
         image = data.colour(torch.tensor([[0, 18], [255, 10]]))
@@ -1209,15 +1316,18 @@ class DataTest(Temporary):
 # --- processes ----------------------------------------------------------------------------------
 
 def in_processes(function, world, folder, *args):
-    """Run function(rank, world, folder, *args) in `world` processes of one gloo group, one thread each."""
+    """Run function(rank, world, folder, *args) in `world` processes of one gloo group,
+    one thread each."""
     meeting = Path(folder) / f"meeting-{time.monotonic_ns()}"
-    torch.multiprocessing.spawn(process_entry, (function, world, str(meeting), folder, *args), nprocs=world)
+    torch.multiprocessing.spawn(process_entry, (function, world, str(meeting), folder, *args),
+                                nprocs=world)
 
 
 def process_entry(rank, function, world, meeting, folder, *args):
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank,
+                                world_size=world)
     function(rank, world, Path(folder), *args)
     evaluate.end_processes()
 
@@ -1241,16 +1351,18 @@ def gradients_of_a_step(rank, world, folder, per_process):
     model = tiny_model().train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval()                                  # frozen: statistics of a batch depend on its size
+            module.eval()                         # frozen: statistics of a batch depend on its size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 96, 64), dtype=torch.uint8, generator=generator)
-    ids = torch.randint(0, 5, (4, 12, 8), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    ids = torch.randint(0, 5, (4, 12, 8), generator=generator).repeat_interleave(
+        8, 1).repeat_interleave(8, 2)
     ids[1, 3:], ids[3] = 255, 255                          # nearly nothing, and nothing at all
     config = train.Config(batch=4, batch_per_process=per_process)
     device = torch.device("cpu")
     optimizer = KeepGradients(model)
     steps = train.Steps(model, train.wrap(model, config, device, world), optimizer,
-                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank, world, 10)
+                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank,
+                        world, 10)
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
     steps(0, images[share], ids.to(torch.uint8)[share])
     loss = steps.mean_loss(0)
@@ -1267,16 +1379,19 @@ def validate_after_training(rank, world, folder):
     config = train.Config(workers=0)
     together = train.validate(model, samples, range(3), config, rank, world, torch.device("cpu"))
     alone = evaluate.evaluate(model.eval(), samples, 3, torch.device("cpu"))
-    counts = {c: group[0].compute()["confusion"] for c, group in alone.items()} if world == 1 else None
+    counts = ({c: group[0].compute()["confusion"] for c, group in alone.items()} if world == 1
+              else None)
     torch.save(({c: r["confusion"] for c, r in together.items()},
-                {name: b for name, b in model.named_buffers()}, counts), folder / f"validation-{world}-{rank}.pt")
+                {name: b for name, b in model.named_buffers()}, counts),
+               folder / f"validation-{world}-{rank}.pt")
 
 
 def evaluate_share(rank, world, folder):
     samples = data.gather(folder, ("custom",), "val", True)
-    results = evaluate.evaluate([tiny_model(3).eval()], samples, 3, torch.device("cpu"), (0.67, 1.0),
-                                rank=rank, world=world)
-    torch.save([[m.counts for m in group] for group in results.values()], folder / f"counts-{world}-{rank}.pt")
+    results = evaluate.evaluate([tiny_model(3).eval()], samples, 3, torch.device("cpu"),
+                                (0.67, 1.0), rank=rank, world=world)
+    torch.save([[m.counts for m in group] for group in results.values()],
+               folder / f"counts-{world}-{rank}.pt")
 
 
 def bad_loss(rank, world, folder):
@@ -1284,15 +1399,17 @@ def bad_loss(rank, world, folder):
     model = tiny_model()
     config = train.Config(batch=2, batch_per_process=1)
     device = torch.device("cpu")
-    steps = train.Steps(model, train.wrap(model, config, device, world), torch.optim.SGD(model.parameters(), 0),
-                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank, world, 10)
+    steps = train.Steps(model, train.wrap(model, config, device, world),
+                        torch.optim.SGD(model.parameters(), 0),
+                        torch.amp.GradScaler("cpu", enabled=False), config, device, None, rank,
+                        world, 10)
     image, ids = torch.zeros(1, 3, 160, 96), torch.zeros(1, 160, 96, dtype=torch.uint8)
     steps.optimizer.param_groups[0]["peak"] = 0.0
     steps(3, image, ids)
     steps.mean_loss(3)
     said = []
     steps(4, image if rank == 0 else image + math.nan, ids)
-    for ask in (4, 5):                                     # at once on all ranks, and still a step later
+    for ask in (4, 5):                                # at once on all ranks, and still a step later
         try:
             steps.mean_loss(ask)
         except ValueError as error:
@@ -1312,7 +1429,8 @@ class ProcessTest(Temporary):
             self.assertAlmostEqual(loss, other_loss, places=4, msg=path.name)
             for name, gradient in gradients.items():
                 scale = max(1, reference[name].abs().max().item())
-                self.assertLess((gradient - reference[name]).abs().max().item() / scale, 1e-5, (path.name, name))
+                self.assertLess((gradient - reference[name]).abs().max().item() / scale, 1e-5,
+                                (path.name, name))
 
     def test_validation_with_two_ranks_equals_one(self):
         Fixtures.custom(self.folder, images=3, size=(80, 60))
@@ -1324,7 +1442,8 @@ class ProcessTest(Temporary):
             self.assertTrue(all(torch.equal(confusion[c], results[0][0][c]) for c in confusion))
             self.assertTrue(all(torch.equal(buffers[n], results[0][1][n]) for n in buffers))
         self.assertTrue(torch.equal(results[0][2]["all"], results[0][0]["all"]))
-        self.assertEqual(results[0][0]["all"].sum().item(), 3 * 80 * 60 * 3 // 4)     # every image once
+        # every image once
+        self.assertEqual(results[0][0]["all"].sum().item(), 3 * 80 * 60 * 3 // 4)
 
     def test_evaluation_is_the_same_for_any_number_of_processes(self):
         Fixtures.custom(self.folder, images=4, size=(80, 60))
@@ -1342,24 +1461,28 @@ class ProcessTest(Temporary):
             said = (self.folder / f"said-{rank}").read_text().splitlines()
             self.assertEqual(len(said), 2)
             for line in said:
-                self.assertRegex(line, "loss of step 4, or what it made of the weights, is not finite")
+                self.assertRegex(line, "loss of step 4, or what it made of the weights, "
+                                 "is not finite")
 
 
 # --- train.py -----------------------------------------------------------------------------------
 
 def environment():
     """One thread per process, and no GPU, so that numbers can be compared bit for bit."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(HERE)}
 
 
 def command(script, *arguments, processes=1):
     start = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={processes}"]
     return [*start, str(HERE / script), *map(str, arguments)]
 
 
 def kill_tree(pid):
-    """SIGKILL a process and all its descendants at once (torchrun's workers have sessions of their own)."""
+    """SIGKILL a process and all its descendants at once (torchrun's workers have sessions
+    of their own)."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -1373,26 +1496,31 @@ def kill_tree(pid):
 
 
 class ResumeTest(Temporary):
-    """A run killed in the middle of an epoch and continued ends in the very bits of an undisturbed one."""
+    """A run killed in the middle of an epoch and continued ends in the very bits of an
+    undisturbed one."""
 
     def arguments(self, out):
-        return ("--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom", "--crop", 160,
-                "--batch", 4, "--batch-per-process", 1, "--steps", 14, "--save-every", 3, "--log-every", 1, "--val-every", 2,
+        return ("--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom",
+                "--crop", 160, "--batch", 4, "--batch-per-process", 1, "--steps", 14,
+                "--save-every", 3, "--log-every", 1, "--val-every", 2,
                 "--drop-path", 0.3, "--workers", 1, "--width", 16, "--out", out)
 
     def kill_and_resume(self, processes):
         Fixtures.custom(self.folder, images=16, size=(80, 60))
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
         calm, killed = self.folder / "calm", self.folder / "killed"
-        subprocess.run(command("train.py", *self.arguments(calm), processes=processes), check=True, **quiet)
-        process = subprocess.Popen(command("train.py", *self.arguments(killed), processes=processes),
+        subprocess.run(command("train.py", *self.arguments(calm), processes=processes), check=True,
+                       **quiet)
+        process = subprocess.Popen(command("train.py", *self.arguments(killed),
+                                           processes=processes),
                                    **quiet)
         self.wait_for_step(killed, 5)
         kill_tree(process.pid)
         process.wait()
         stopped = max(r.get("step", 0) for r in self.log(killed))
-        self.assertIn(stopped, range(5, 14))                            # 4 steps are an epoch: killed inside one
-        subprocess.run(command("train.py", *self.arguments(killed), processes=processes), check=True, **quiet)
+        self.assertIn(stopped, range(5, 14))               # 4 steps are an epoch: killed inside one
+        subprocess.run(command("train.py", *self.arguments(killed), processes=processes),
+                       check=True, **quiet)
         a, b = (torch.load(run / "last.pt", weights_only=True) for run in (calm, killed))
         self.assertEqual(a["step"], 14)
         self.assert_same(a["model"], b["model"])
@@ -1403,11 +1531,12 @@ class ResumeTest(Temporary):
         self.assertEqual(best[0]["step"], best[1]["step"])
         self.assert_same(best[0]["model"], best[1]["model"])
         self.assertIn("restart", " ".join(" ".join(r) for r in self.log(killed)))
-        self.assertEqual(self.steps(calm), self.steps(killed))          # no step twice, none missing
+        self.assertEqual(self.steps(calm), self.steps(killed))         # no step twice, none missing
 
     def wait_for_step(self, run, step):
         deadline = time.monotonic() + 120
-        while max((r.get("step", 0) for r in self.log(run)), default=0) < step and time.monotonic() < deadline:
+        while (max((r.get("step", 0) for r in self.log(run)), default=0) < step
+               and time.monotonic() < deadline):
             time.sleep(0.01)
 
     def log(self, run):
@@ -1419,7 +1548,8 @@ class ResumeTest(Temporary):
         return records
 
     def steps(self, run):
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in self.log(run) if "step" in r]
+        return [{k: v for k, v in r.items() if k != "seconds"}
+                for r in self.log(run) if "step" in r]
 
     def assert_same(self, a, b):
         if isinstance(a, dict):
@@ -1436,21 +1566,26 @@ class ResumeTest(Temporary):
         Fixtures.custom(self.folder, images=16, size=(80, 60))
         out = self.folder / "run"
         more = ["--steps", 300, "--save-every", 1000, "--val-every", 1000]
-        process = subprocess.Popen(command("train.py", *self.arguments(out), *more, processes=2), env=environment(),
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command("train.py", *self.arguments(out), *more, processes=2),
+                                   env=environment(), stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)
         self.wait_for_step(out, 3)
         second = subprocess.run(command("train.py", *self.arguments(out), *more), env=environment(),
                                 capture_output=True, text=True)
         self.assertEqual(second.returncode, 2)
-        self.assertRegex(second.stderr, r"run is in use by another process; choose another --out\n$")
+        self.assertRegex(second.stderr,
+                         r"run is in use by another process; choose another --out\n$")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         self.assertIn("stopped by SIGTERM after step", output)
         state = torch.load(out / "last.pt", weights_only=True)
         self.assertGreaterEqual(state["step"], 3)
-        with mock.patch.object(sys, "argv", ["train.py", *map(str, self.arguments(out)), *map(str, more)]):
-            folder, found = train.choose_run(train.load_data(train.settle(data.parse_flags(train.Config, "")))[0])
-        self.assertEqual((folder, found["step"]), (out, state["step"]))            # the same command continues
+        with mock.patch.object(sys, "argv",
+                               ["train.py", *map(str, self.arguments(out)), *map(str, more)]):
+            folder, found = train.choose_run(
+                train.load_data(train.settle(data.parse_flags(train.Config, "")))[0])
+        # the same command continues
+        self.assertEqual((folder, found["step"]), (out, state["step"]))
 
     def test_one_process(self):
         self.kill_and_resume(1)
@@ -1462,8 +1597,8 @@ class ResumeTest(Temporary):
 class TrainTest(Temporary):
     def test_one_step_on_every_set(self):
         """Check, load, augment and one optimizer step, for every set with labels."""
-        fixtures = ("cityscapes", "cityscapes_coarse", "vistas", "bdd100k", "wilddash_final", "acdc", "camvid",
-                    "camvid_19", "ade20k", "custom", "nightcity")
+        fixtures = ("cityscapes", "cityscapes_coarse", "vistas", "bdd100k", "wilddash_final",
+                    "acdc", "camvid", "camvid_19", "ade20k", "custom", "nightcity")
         for fixture in fixtures:
             root = self.folder / fixture
             getattr(Fixtures, fixture)(root)
@@ -1474,33 +1609,39 @@ class TrainTest(Temporary):
             classes = len(data.classes_of(root, name))
             dataset = data.TrainSet(samples, classes, 160, (0.5, 2.0), 0)
             images, ids, errors = data.collate([dataset[0, i, 0, -1] for i in range(2)])
-            self.assertEqual((errors, images.shape, ids.shape), ([], (2, 3, 160, 160), (2, 160, 160)))
+            self.assertEqual((errors, images.shape, ids.shape),
+                             ([], (2, 3, 160, 160), (2, 160, 160)))
             model = tiny_model(classes).train()
             config = train.Config(batch=2, batch_per_process=2)
             optimizer = train.make_optimizer(model, config, torch.device("cpu"))
             before = model.head[2].weight.detach().clone()
-            steps = train.Steps(model, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), config,
-                                torch.device("cpu"), None, 0, 1, 10)
+            steps = train.Steps(model, model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                                config, torch.device("cpu"), None, 0, 1, 10)
             steps(0, images, ids)
             self.assertGreater(steps.mean_loss(0), 0, fixture)
             self.assertEqual([group["lr"] for group in optimizer.param_groups], [4e-4, 1e-4])
             steps(5, images, ids)
-            self.assertAlmostEqual(optimizer.param_groups[1]["lr"], train.learning_rate(5, 1e-4, 0, 10))
+            self.assertAlmostEqual(optimizer.param_groups[1]["lr"],
+                                   train.learning_rate(5, 1e-4, 0, 10))
             self.assertFalse(torch.equal(model.head[2].weight, before))
 
     def scripted(self, scores, *more):
-        """train.main with validations that return these scores one by one; an exception among them is raised."""
+        """train.main with validations that return these scores one by one;
+        an exception among them is raised."""
         script = iter(scores)
 
         def validate(*_):
             score = next(script)
             if isinstance(score, BaseException):
                 raise score
-            return {"all": {"miou": score, "classes": 3, "auiou": 0, "ece": 0, "ece_valid": 0, "pixels": 1}}
-        arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom",
-                     "--crop", 160, "--batch", 2, "--steps", 8, "--width", 16, "--val-every", 1, "--save-every", 1,
-                     "--log-every", 1, "--out", self.folder / "run", *more]
-        with mock.patch.object(sys, "argv", [*map(str, arguments)]), mock.patch.object(train, "validate", validate), \
+            return {"all": {"miou": score, "classes": 3, "auiou": 0, "ece": 0, "ece_valid": 0,
+                            "pixels": 1}}
+        arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom",
+                     "--val", "custom", "--crop", 160, "--batch", 2, "--steps", 8, "--width", 16,
+                     "--val-every", 1, "--save-every", 1, "--log-every", 1, "--out",
+                     self.folder / "run", *more]
+        with mock.patch.object(sys, "argv", [*map(str, arguments)]), \
+                mock.patch.object(train, "validate", validate), \
                 contextlib.redirect_stdout(io.StringIO()) as out, \
                 mock.patch.object(train, "count_conditions", return_value={"all": 4}):
             train.main()
@@ -1512,7 +1653,8 @@ class TrainTest(Temporary):
         with self.assertRaises(KeyboardInterrupt):
             self.scripted([0.0, 0.5, 0.3, KeyboardInterrupt()])
         self.scripted([0.4, 0.2])
-        best, last = (torch.load(self.folder / f"run/{name}.pt", weights_only=True) for name in ("best", "last"))
+        best, last = (torch.load(self.folder / f"run/{name}.pt", weights_only=True)
+                      for name in ("best", "last"))
         self.assertEqual((best["step"], best["best"], last["step"], last["best"]), (2, 0.5, 8, 0.5))
 
     def test_changed_data_is_refused(self):
@@ -1521,11 +1663,13 @@ class TrainTest(Temporary):
             self.scripted([0.0, KeyboardInterrupt()])
         put(self.folder / "custom/images/train/new.png", picture())
         put(self.folder / "custom/labels/train/new.png", pattern([0]))
-        with self.assertRaisesRegex(ValueError, "trained on other files: 4 \\+ 4 images .* there, 5 \\+ 4 images .* here"):
+        with self.assertRaisesRegex(ValueError, "trained on other files: 4 \\+ 4 images .* there, "
+                                    "5 \\+ 4 images .* here"):
             self.scripted([0.1])
 
     def test_bad_weights_are_never_saved(self):
-        """A finite loss whose gradient is not: the weights are checked before they overwrite a checkpoint."""
+        """A finite loss whose gradient is not: the weights are checked before they overwrite a
+        checkpoint."""
         Fixtures.custom(self.folder, images=4, size=(80, 60))
         plain = train.Steps.__call__
 
@@ -1534,17 +1678,20 @@ class TrainTest(Temporary):
             if step == 3:
                 next(steps.model.parameters()).data.fill_(math.inf)
         with mock.patch.object(train.Steps, "__call__", poisoned), \
-                self.assertRaisesRegex(ValueError, "step 3, or what it made of the weights, is not finite"):
+                self.assertRaisesRegex(ValueError,
+                                       "step 3, or what it made of the weights, is not finite"):
             self.scripted([0.0, 0.1, 0.2])
         state = torch.load(self.folder / "run/last.pt", weights_only=True)
         self.assertEqual(state["step"], 3)
         self.assertTrue(all(tensor.isfinite().all() for tensor in state["model"].values()))
 
     def test_gradient_scaler_is_continued(self):
-        config = train.Config(backbone="convnext_atto", width=16, pretrained="none", precision="fp16")
+        config = train.Config(backbone="convnext_atto", width=16, pretrained="none",
+                              precision="fp16")
         cpu = torch.device("cpu")
         steps = train.make_steps(config, data.CLASSES, None, 0, 1, cpu, 10)
-        steps.scaler.load_state_dict({**steps.scaler.state_dict(), "scale": 4096.0, "_growth_tracker": 7})
+        steps.scaler.load_state_dict({**steps.scaler.state_dict(), "scale": 4096.0,
+                                      "_growth_tracker": 7})
         standing = {"step": 3, "best": 0.1, "untrained": {}, "data": ""}
         train.save(self.folder / "last.pt", steps, data.CLASSES, standing)
         state = swiftnet.read_checkpoint(self.folder / "last.pt")
@@ -1558,11 +1705,13 @@ class TrainTest(Temporary):
             self.assertEqual([path.name for path in self.folder.iterdir()], [".lock"])
 
     def test_skip_bad(self):
-        """A file that cannot be read stops training, unless as many are allowed; then it is counted and logged."""
+        """A file that cannot be read stops training, unless as many are allowed;
+        then it is counted and logged."""
         Fixtures.custom(self.folder, images=4, size=(80, 60))
         (self.folder / "custom/images/train/frame2 of mine.png").write_bytes(b"broken")
-        arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom",
-                     "--crop", 160, "--batch", 2, "--steps", 4, "--width", 16, "--out", self.folder / "run"]
+        arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom",
+                     "--val", "custom", "--crop", 160, "--batch", 2, "--steps", 4, "--width", 16,
+                     "--out", self.folder / "run"]
 
         def run(*more):
             with mock.patch.object(sys, "argv", [*map(str, arguments), *more]), \
@@ -1571,10 +1720,12 @@ class TrainTest(Temporary):
             return out.getvalue()
         with self.assertRaisesRegex(ValueError, "frame2 of mine.png cannot be read"):
             run()
-        with self.assertRaisesRegex(ValueError, "frame2 of mine.png .*2 unreadable files; --skip-bad 1"):
+        with self.assertRaisesRegex(ValueError,
+                                    "frame2 of mine.png .*2 unreadable files; --skip-bad 1"):
             run("--skip-bad", "1")
         self.assertIn("skipped, number 2 of at most 2", run("--skip-bad", "2"))
-        log = [json.loads(line) for line in (self.folder / "run/log.jsonl").read_text().splitlines()]
+        log = [json.loads(line)
+               for line in (self.folder / "run/log.jsonl").read_text().splitlines()]
         self.assertEqual(sum("skipped" in record for record in log), 2)
 
     def test_schedule(self):
@@ -1591,13 +1742,17 @@ class TrainTest(Temporary):
         with contextlib.chdir(self.folder):
             Path("data").mkdir()
             config = train.settle({})
-        self.assertEqual((config.crop, config.zoom, config.batch, config.batch_per_process, config.epochs),
+        self.assertEqual((config.crop, config.zoom, config.batch, config.batch_per_process,
+                          config.epochs),
                          (1024, (0.5, 2.0), 24, 3, 50))
-        self.assertEqual((config.lr, config.backbone_lr, config.weight_decay, train.ADAM_EPS, train.LR_END),
+        self.assertEqual((config.lr, config.backbone_lr, config.weight_decay, train.ADAM_EPS,
+                          train.LR_END),
                          (4e-4, 1e-4, 1e-4, 1e-7, 1e-7))
-        self.assertEqual((config.backbone, config.pretrained, config.bn_momentum, config.layer_scale),
+        self.assertEqual((config.backbone, config.pretrained, config.bn_momentum,
+                          config.layer_scale),
                          ("convnext_large", "in22k_1k_384", 0.01, 1e-6))
-        self.assertEqual((losses.BINS, losses.ALPHAS, losses.GAMMA), ((4, 16, 64, 128), (8, 6, 4, 2, 1), 0.5))
+        self.assertEqual((losses.BINS, losses.ALPHAS, losses.GAMMA),
+                         ((4, 16, 64, 128), (8, 6, 4, 2, 1), 0.5))
 
     def test_optimizer_groups(self):
         model = tiny_model()
@@ -1605,13 +1760,18 @@ class TrainTest(Temporary):
         new, backbone = optimizer.param_groups
         self.assertEqual((new["peak"], backbone["peak"]), (4e-4, 1e-4))
         for group in optimizer.param_groups:
-            self.assertEqual((group["betas"], group["eps"], group["weight_decay"]), ((0.9, 0.99), 1e-7, 1e-4))
-        config = train.Config(backbone="convnext_atto", pretrained="none", bn_momentum=0.03, checkpoint_blocks=True)
+            self.assertEqual((group["betas"], group["eps"], group["weight_decay"]),
+                             ((0.9, 0.99), 1e-7, 1e-4))
+        config = train.Config(backbone="convnext_atto", pretrained="none", bn_momentum=0.03,
+                              checkpoint_blocks=True)
         made = train.make_model(config, "abc", None)
-        self.assertEqual({m.momentum for m in made.modules() if isinstance(m, nn.BatchNorm2d)}, {0.03})
+        self.assertEqual({m.momentum for m in made.modules() if isinstance(m, nn.BatchNorm2d)},
+                         {0.03})
         self.assertTrue(made.backbone.checkpoint_blocks)
-        self.assertEqual({id(p) for p in backbone["params"]}, {id(p) for p in model.backbone.parameters()})
-        self.assertEqual(len(new["params"]) + len(backbone["params"]), len(list(model.parameters())))
+        self.assertEqual({id(p) for p in backbone["params"]},
+                         {id(p) for p in model.backbone.parameters()})
+        self.assertEqual(len(new["params"]) + len(backbone["params"]),
+                         len(list(model.parameters())))
 
     def test_run_folders(self):
         def config(**changes):
@@ -1628,7 +1788,7 @@ class TrainTest(Temporary):
                 train.choose_run(config(lr=0.1))
             (Path("runs/driving") / "last.pt").unlink()
             Path("runs/driving").rmdir()
-            write("runs/driving", 9, config())                                 # finished: next number
+            write("runs/driving", 9, config())                               # finished: next number
             self.assertEqual(train.choose_run(config(lr=0.1)), (Path("runs/driving-2"), None))
             write("runs/driving-2", 1, config(lr=0.1))
             self.assertEqual(train.choose_run(config(lr=0.1))[0], Path("runs/driving-2"))
@@ -1644,7 +1804,8 @@ class TrainTest(Temporary):
                 self.assertEqual(train.choose_run(config())[1]["step"], 9)
             # A best.pt alone is somebody's result: its folder is left alone.
             write_checkpoint(Path("runs/other/best.pt"))
-            self.assertEqual(train.choose_run(config(out="runs/other")), (Path("runs/other-2"), None))
+            self.assertEqual(train.choose_run(config(out="runs/other")),
+                             (Path("runs/other-2"), None))
             write("runs/old", 1, config())
             state = torch.load("runs/old/last.pt", weights_only=True)
             torch.save({**state, "config": {**state["config"], "gone": 1}}, "runs/old/last.pt")
@@ -1656,17 +1817,20 @@ class TrainTest(Temporary):
         path.write_text('{"config": 1}\n{"step": 3}\n{"step": 6}\n{"step": 7}\n{"st')
         train.Log(self.folder, 0, {"world": 2}, {"step": 6}).write(step=7, loss=1.0)
         self.assertEqual([json.loads(line) for line in path.read_text().splitlines()],
-                         [{"config": 1}, {"step": 3}, {"step": 6}, {"restart": 6, "world": 2}, {"step": 7, "loss": 1.0}])
+                         [{"config": 1}, {"step": 3}, {"step": 6}, {"restart": 6, "world": 2},
+                          {"step": 7, "loss": 1.0}])
 
     def test_init_takes_weights_and_says_when_the_head_is_new(self):
         path = self.folder / "other.pt"
         seven, names = tiny_model(7, seed=1), tuple("abcdefg")
-        for model, classes in ((tiny_model(5, seed=2), tuple("abcde")), (tiny_model(7, seed=2), tuple("gfedcba"))):
+        for model, classes in ((tiny_model(5, seed=2), tuple("abcde")),
+                               (tiny_model(7, seed=2), tuple("gfedcba"))):
             write_checkpoint(path, seven, classes=names)
             head = model.head[2].weight.clone()
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 train.take_weights(model, path, classes)
-            self.assertRegex(out.getvalue(), rf"7 classes there \(a, ...\), {len(classes)} here .*: new head")
+            self.assertRegex(out.getvalue(),
+                             rf"7 classes there \(a, ...\), {len(classes)} here .*: new head")
             self.assertTrue(torch.equal(model.head[2].weight, head))
             self.assertTrue(torch.equal(model.ladder[0][2].weight, seven.ladder[0][2].weight))
         model = tiny_model(7, seed=2)
@@ -1711,15 +1875,16 @@ class PseudolabelTest(Temporary):
                 self.folder / "data/pool", "--threshold", 0.3, "--workers", 0]
 
     def run_script(self, *arguments, processes=1):
-        return subprocess.run(command("pseudolabel.py", *arguments, processes=processes), env=environment(),
-                              cwd=self.folder, capture_output=True, text=True)
+        return subprocess.run(command("pseudolabel.py", *arguments, processes=processes),
+                              env=environment(), cwd=self.folder, capture_output=True, text=True)
 
     def files(self, folder):
         return {path.relative_to(self.folder / folder): path.read_bytes()
                 for path in (self.folder / folder).rglob("*") if path.is_file()}
 
     def test_labels_are_thresholded_predictions(self):
-        """Two processes write the very files of one; an interrupted folder is completed to the same bytes."""
+        """Two processes write the very files of one;
+        an interrupted folder is completed to the same bytes."""
         arguments = self.pool()
         for out, processes in (("one", 1), ("two", 2)):
             result = self.run_script(*arguments, "--out", out, processes=processes)
@@ -1727,15 +1892,18 @@ class PseudolabelTest(Temporary):
         self.assertEqual(self.files("one"), self.files("two"))
         model, _ = swiftnet.load_checkpoint(self.folder / "model.pt")
         rows = pseudolabel.load_rows(self.folder / "one")
-        self.assertEqual([row["image"] for row in rows], sorted(f"pool/{'ab'[i % 2]}/{i}.png" for i in range(6)))
+        self.assertEqual([row["image"] for row in rows],
+                         sorted(f"pool/{'ab'[i % 2]}/{i}.png" for i in range(6)))
         for row in rows:
-            image = torch.from_numpy(np.array(Image.open(self.folder / "data" / row["image"]))).permute(2, 0, 1)
+            image = torch.from_numpy(np.array(
+                Image.open(self.folder / "data" / row["image"]))).permute(2, 0, 1)
             confidence, ids = swiftnet.predict(model, image).softmax(0).max(0)
             expected = torch.where(confidence >= 0.3, ids, 255).numpy()
             label = np.asarray(Image.open(self.folder / "one" / row["label"]))
-            self.assertGreater((label == expected).mean(), 0.999)          # ties at the threshold aside
+            self.assertGreater((label == expected).mean(), 0.999)      # ties at the threshold aside
             self.assertAlmostEqual(float(row["kept"]), (label != 255).mean(), places=5)
-            self.assertEqual([int(row[name]) for name in data.CLASSES], [(label == c).sum() for c in range(19)])
+            self.assertEqual([int(row[name]) for name in data.CLASSES],
+                             [(label == c).sum() for c in range(19)])
         before = self.files("one")
         (self.folder / "one/manifest.csv").unlink()
         (self.folder / "one" / rows[2]["label"]).unlink()
@@ -1755,15 +1923,19 @@ class PseudolabelTest(Temporary):
         self.assertRegex(result.stdout, "skipped: .*broken.png cannot be read")
         self.assertIn("3 labels written, 1 images skipped", result.stdout)
         before = self.files("out")
-        for more, words in ((["--flip"], "flip: False there, True here"), (["--threshold", 0.5], "threshold: 0.3 there"),
+        for more, words in ((["--flip"], "flip: False there, True here"),
+                            (["--threshold", 0.5], "threshold: 0.3 there"),
                             (["--threshold", 7], "must lie in"), (["--temperature", 0], "above 0")):
             result = self.run_script(*arguments, "--out", "out", *more)
             self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
             self.assertRegex(result.stderr, words)
         self.assertEqual(self.files("out"), before)
-        for more, words in (([], "nothing to do"), (["--select", 3, "--out", "nowhere"], "nowhere/manifest.csv is missing"),
+        for more, words in (([], "nothing to do"),
+                            (["--select", 3, "--out", "nowhere"],
+                             "nowhere/manifest.csv is missing"),
                             (["--checkpoint", "model.pt"], "belong together"),
-                            (["--checkpoint", "model.pt", "--pools", "stf"], "no images in pool 'stf'")):
+                            (["--checkpoint", "model.pt", "--pools", "stf"],
+                             "no images in pool 'stf'")):
             result = self.run_script(*more)
             self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
             self.assertRegex(result.stderr, words)
@@ -1771,10 +1943,11 @@ class PseudolabelTest(Temporary):
     def test_selection(self):
         """Worked by hand: three pools, one class that only image e carries."""
         def row(image, pool, kept, road, train):
-            return {"image": image, "label": image, "pool": pool, "kept": kept, "confidence": 1, "selected": 1,
-                    "road": road, "train": train}
-        rows = [row("a", "x", 0.9, 5, 0), row("b", "x", 0.8, 5, 0), row("c", "x", 0.1, 5, 5), row("d", "x", 0.7, 5, 0),
-                row("e", "y", 0.5, 5, 5), row("f", "y", 0.9, 5, 0), row("g", "z", 0.05, 5, 0)]
+            return {"image": image, "label": image, "pool": pool, "kept": kept, "confidence": 1,
+                    "selected": 1, "road": road, "train": train}
+        rows = [row("a", "x", 0.9, 5, 0), row("b", "x", 0.8, 5, 0), row("c", "x", 0.1, 5, 5),
+                row("d", "x", 0.7, 5, 0), row("e", "y", 0.5, 5, 5), row("f", "y", 0.9, 5, 0),
+                row("g", "z", 0.05, 5, 0)]
         # Eligible (kept >= 0.2): a b d of x, e f of y. A budget of 3 gives 1.8 and 1.2: 2 and 1.
         self.assertEqual(pseudolabel.select(rows, 3, "rare", 0.2), {"x": 2, "y": 1, "z": 0})
         self.assertEqual([r["image"] for r in rows if r["selected"]], ["a", "b", "e"])
@@ -1786,8 +1959,9 @@ class PseudolabelTest(Temporary):
     def test_selection_of_250k_rows(self):
         """A manifest of the deck's size, on paper: seconds and memory, scaled from 25K rows."""
         random = np.random.default_rng(0)
-        rows = [{"image": f"{i:06d}.png", "label": f"{i:06d}.png", "pool": "ab"[i % 2], "kept": random.random(),
-                 "confidence": 1, "selected": 1, **dict(zip(data.CLASSES, random.integers(0, 2, 19).tolist()))}
+        rows = [{"image": f"{i:06d}.png", "label": f"{i:06d}.png", "pool": "ab"[i % 2],
+                 "kept": random.random(), "confidence": 1, "selected": 1,
+                 **dict(zip(data.CLASSES, random.integers(0, 2, 19).tolist()))}
                 for i in range(25_000)]
         pseudolabel.save_rows(self.folder, rows)
         began = time.process_time()
@@ -1795,14 +1969,17 @@ class PseudolabelTest(Temporary):
         pseudolabel.select(rows, 6000, "rare", 0.2)
         pseudolabel.save_rows(self.folder, rows)
         self.assertLess(time.process_time() - began, 2.0)
-        self.assertEqual(sum(row["selected"] == "1" for row in pseudolabel.load_rows(self.folder)), 6000)
+        self.assertEqual(sum(row["selected"] == "1" for row in pseudolabel.load_rows(self.folder)),
+                         6000)
 
     def test_class_thresholds(self):
-        """Against sorting: every class that the global threshold would starve keeps the wanted share."""
+        """Against sorting: every class that the global threshold would starve keeps the wanted
+        share."""
         logits = torch.randn(4, 50, 60, generator=torch.Generator().manual_seed(0))
         config = pseudolabel.Config(threshold=0.9, class_share=0.3)
         with mock.patch.object(pseudolabel, "predictions", return_value=[(None, logits)]):
-            thresholds = pseudolabel.class_thresholds(None, [None], config, 4, torch.device("cpu"), 0, 1)
+            thresholds = pseudolabel.class_thresholds(None, [None], config, 4, torch.device("cpu"),
+                                                      0, 1)
         confidence, ids = logits.softmax(0).max(0)
         for c in range(4):
             wanted = confidence[ids == c].sort(descending=True).values
@@ -1814,8 +1991,8 @@ class PseudolabelTest(Temporary):
 # --- evaluate.py as a script --------------------------------------------------------------------
 
 def brute_budget(logits, labels, invalid, temperature, thetas):
-    """(class UIoU, share lost to false invalids, to missed invalids, oracle), each (C,) means over thetas, pixel by
-    pixel: loops over classes and thresholds, one image of everything."""
+    """(class UIoU, share lost to false invalids, to missed invalids, oracle), each (C,) means over
+    thetas, pixel by pixel: loops over classes and thresholds, one image of everything."""
     classes = logits.shape[1]
     q, y = torch.softmax(logits.double() / temperature, 1).max(1)
     q = q.float()
@@ -1837,7 +2014,8 @@ def brute_budget(logits, labels, invalid, temperature, thetas):
             marked = q < theta
             n = (known & (labels == c)).sum().item()
             own.append(uiou(c, marked))
-            false.append((known & (labels == c) & (y == c) & (invalid == 0) & marked).sum().item() / max(n, 1))
+            false.append((known & (labels == c) & (y == c) & (invalid == 0) & marked).sum().item()
+                         / max(n, 1))
             missed.append(uiou(c, marked | should) - own[-1])       # the missed ones marked as well
         rows.append((np.mean(own), np.mean(false), np.mean(missed), uiou(c, should)))
     return np.array(rows).T
@@ -1845,11 +2023,13 @@ def brute_budget(logits, labels, invalid, temperature, thetas):
 
 class BudgetTest(unittest.TestCase):
     def scene(self, seed=0, classes=6):
-        """Class 5 is nowhere, class 4 is predicted but never true, image 1 is all ignored, image 2 of one class."""
+        """Class 5 is nowhere, class 4 is predicted but never true, image 1 is all ignored,
+        image 2 of one class."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, 4, (4, 11, 13), generator=generator)
         logits = 1.5 * torch.randn(4, classes, 11, 13, generator=generator)
-        logits += 3 * F.one_hot(labels, classes).permute(0, 3, 1, 2) * torch.rand(4, 1, 11, 13, generator=generator)
+        logits += (3 * F.one_hot(labels, classes).permute(0, 3, 1, 2)
+                   * torch.rand(4, 1, 11, 13, generator=generator))
         logits[:, 5] -= 50
         logits[0, 2, :3] += 500                                     # confidence exactly 1
         logits[3, :, :2] = 0                                        # and exactly 1/C
@@ -1863,38 +2043,47 @@ class BudgetTest(unittest.TestCase):
             metrics = evaluate.Metrics(6, temperature, thresholds=19)
             metrics.update(logits, labels, invalid)
             result, budget = metrics.compute(), evaluate.budget(metrics)
-            own, false, missed, oracle = brute_budget(logits, labels, invalid, temperature, result["thresholds"])
-            expected = {"auiou": own, "false_invalid": false, "missed_invalid": missed, "oracle": oracle}
+            own, false, missed, oracle = brute_budget(logits, labels, invalid, temperature,
+                                                      result["thresholds"])
+            expected = {"auiou": own, "false_invalid": false, "missed_invalid": missed,
+                        "oracle": oracle}
             self.assertEqual(result["classes"], 5)
             for name, values in expected.items():
-                np.testing.assert_allclose(budget["class_" + name][:5].numpy(), values[:5], rtol=0, atol=1e-12, err_msg=name)
+                np.testing.assert_allclose(budget["class_" + name][:5].numpy(), values[:5], rtol=0,
+                                           atol=1e-12, err_msg=name)
                 self.assertTrue(budget["class_" + name][5].isnan())
                 self.assertAlmostEqual(budget[name], values[:5].mean(), places=12)
             self.assertEqual(budget["class_oracle"][4].item(), 0)   # predicted, never true
-            miou, uiou, ece, _ = brute_metrics(logits, labels, invalid, temperature, result["thresholds"])
+            miou, uiou, ece, _ = brute_metrics(logits, labels, invalid, temperature,
+                                               result["thresholds"])
             self.assertAlmostEqual(result["auiou"], np.mean(uiou), places=12)
             self.assertAlmostEqual(result["miou"], miou, places=12)
             self.assertAlmostEqual(result["ece"], ece, places=6)
 
     def test_identity(self):
-        """oracle = AUIoU + what false invalids cost + what missed ones cost, all of them >= 0, class by class."""
+        """oracle = AUIoU + what false invalids cost + what missed ones cost,
+        all of them >= 0, class by class."""
         for seed in range(3):
             metrics = evaluate.Metrics(6, 0.8)
             metrics.update(*self.scene(seed))
             budget = evaluate.budget(metrics)
-            parts = [budget["class_" + name][:5] for name in ("auiou", "false_invalid", "missed_invalid", "oracle")]
+            parts = [budget["class_" + name][:5]
+                     for name in ("auiou", "false_invalid", "missed_invalid", "oracle")]
             self.assertGreaterEqual(min(part.min().item() for part in parts), -1e-12)
             np.testing.assert_allclose(sum(parts[:3]).numpy(), parts[3].numpy(), rtol=0, atol=1e-12)
             self.assertAlmostEqual(budget["auiou"], metrics.compute()["auiou"], places=12)
 
     def test_by_hand(self):
-        """The worked example of Metrics: pixel 1 right, 2 wrong and invalid, 3 right; theta in [.5, 1]."""
+        """The worked example of Metrics: pixel 1 right, 2 wrong and invalid, 3 right;
+        theta in [.5, 1]."""
         metrics = evaluate.Metrics(2)
-        metrics.update(logits_of(torch.tensor([[[.9, .6], [.7, .8]]]), torch.tensor([[[0, 1], [1, 0]]]), 2),
+        metrics.update(logits_of(torch.tensor([[[.9, .6], [.7, .8]]]),
+                                 torch.tensor([[[0, 1], [1, 0]]]), 2),
                        torch.tensor([[[0, 0], [1, 255]]]), torch.tensor([[[0, 1], [0, 0]]]))
         budget = evaluate.budget(metrics)
-        self.assertEqual(budget["oracle"], 1)                       # 2 is marked: TI; 1 and 3 are right
-        # False: class 0 loses 1 of 2 pixels above .9 (a fifth of the range), class 1 its only one above .7.
+        self.assertEqual(budget["oracle"], 1)                   # 2 is marked: TI; 1 and 3 are right
+        # False: class 0 loses 1 of 2 pixels above .9 (a fifth of the range),
+        # class 1 its only one above .7.
         np.testing.assert_allclose(budget["class_false_invalid"], [.1, .6], atol=2e-3)
         # Missed below .6: class 0 has its wrong pixel unmarked, 1/2; class 1 a false positive, 1/2.
         np.testing.assert_allclose(budget["class_missed_invalid"], [.1, .1], atol=2e-3)
@@ -1916,21 +2105,25 @@ class BudgetTest(unittest.TestCase):
             chosen = (labels != 255) & (q > np.float32(b / 15)) & (q <= np.float32((b + 1) / 15))
             self.assertEqual(pixels[b].item(), chosen.sum().item())
             if chosen.any():
-                self.assertAlmostEqual(accuracy[b].item(), (y == labels)[chosen].double().mean().item(), places=12)
+                self.assertAlmostEqual(accuracy[b].item(),
+                                       (y == labels)[chosen].double().mean().item(), places=12)
                 self.assertAlmostEqual(confidence[b].item(), q[chosen].mean().item(), places=6)
             else:
                 self.assertTrue(accuracy[b].isnan())
 
     def test_confidence_on_edges(self):
-        """A grid whose thresholds are the very edges of the ECE: q < theta is strict, bins are (lo, hi]."""
-        metrics = evaluate.Metrics(2, thresholds=16)                # 1/2, 1/2 + 1/30, ...: 8/15, ..., 1
+        """A grid whose thresholds are the very edges of the ECE: q < theta is strict,
+        bins are (lo, hi]."""
+        metrics = evaluate.Metrics(2, thresholds=16)            # 1/2, 1/2 + 1/30, ...: 8/15, ..., 1
         thetas = metrics.thresholds
         edges = [float(np.float32(b / 15)) for b in range(8, 16)]
         q = torch.tensor(sorted({*thetas.tolist(), *edges}))
-        pixels = evaluate.Pixels(torch.zeros(len(q), dtype=torch.int64), torch.zeros(len(q)), None, 2, lambda temperature: q)
+        pixels = evaluate.Pixels(torch.zeros(len(q), dtype=torch.int64), torch.zeros(len(q)), None,
+                                 2, lambda temperature: q)
         metrics.add(pixels)
         result = metrics.compute()
-        self.assertEqual(result["uiou"].tolist(), [(q >= theta).sum().item() / len(q) for theta in thetas])
+        self.assertEqual(result["uiou"].tolist(),
+                         [(q >= theta).sum().item() / len(q) for theta in thetas])
         for b in range(15):
             inside = (q > np.float32(b / 15)) & (q <= np.float32((b + 1) / 15))
             self.assertEqual(result["reliability"][0, b].item(), inside.sum().item())
@@ -1938,7 +2131,8 @@ class BudgetTest(unittest.TestCase):
 
 class TemperatureTest(Temporary):
     def test_halves(self):
-        samples = [data.Sample(f"{c}{i}", None, None, None, "x", c) for c, n in (("fog", 5), ("night", 2), ("rain", 1))
+        samples = [data.Sample(f"{c}{i}", None, None, None, "x", c)
+                   for c, n in (("fog", 5), ("night", 2), ("rain", 1))
                    for i in range(n)]
         choosing, reporting = evaluate.split_halves(samples)
         self.assertEqual([s.image for s in choosing], ["fog1", "fog3", "night1"])
@@ -1956,17 +2150,20 @@ class TemperatureTest(Temporary):
         grid = np.linspace(2, 3, 1001)
         loss = [F.cross_entropy(logits.T.double() / t, truth).item() for t in grid]
         self.assertAlmostEqual(found, grid[np.argmin(loss)], delta=0.0015)
-        self.assertTrue(0.05 <= evaluate.fit_temperature(10 * F.one_hot(truth, 5).T, truth) < 0.5)   # no minimum: all right
+        # no minimum: all right
+        self.assertTrue(0.05 <= evaluate.fit_temperature(10 * F.one_hot(truth, 5).T, truth) < 0.5)
         with self.assertRaisesRegex(ValueError, "no labelled pixel"):
             evaluate.fit_temperature(torch.zeros(5, 0), torch.zeros(0, dtype=torch.int64))
 
     def test_choice(self):
-        """best is the best of the sweep by Metrics of each T; fit sees a bounded, fixed subset of labelled pixels."""
+        """best is the best of the sweep by Metrics of each T; fit sees a bounded,
+        fixed subset of labelled pixels."""
         logits, labels, invalid = BudgetTest().scene()
-        logits = logits.clamp(-4, 4)                                 # so that the fit is inside its range
+        logits = logits.clamp(-4, 4)                           # so that the fit is inside its range
         stream = [(i, *parts) for i, parts in enumerate(zip(logits, labels, invalid))]
         with mock.patch.object(evaluate, "FIT_PER_IMAGE", 50):
-            chosen, curve = evaluate.choose_temperatures({"fit", "best"}, stream, 4, 6, torch.device("cpu"), 30)
+            chosen, curve = evaluate.choose_temperatures({"fit", "best"}, stream, 4, 6,
+                                                         torch.device("cpu"), 30)
         self.assertEqual(len(curve), 33)
         for temperature, auiou in curve:
             metrics = evaluate.Metrics(6, temperature, 30)
@@ -1978,18 +2175,22 @@ class TemperatureTest(Temporary):
                  for at in [known[::max(1, math.ceil(len(known) / 50))]]]
         self.assertLessEqual(max(len(truth) for _, truth in taken), 50)
         self.assertTrue(0.1 < chosen["fit"] < 10)
-        self.assertEqual(chosen["fit"], evaluate.fit_temperature(torch.cat([t[0] for t in taken], 1),
-                                                                 torch.cat([t[1] for t in taken])))
+        self.assertEqual(chosen["fit"],
+                         evaluate.fit_temperature(torch.cat([t[0] for t in taken], 1),
+                                                  torch.cat([t[1] for t in taken])))
 
     def test_plain(self):
-        value = {"a": torch.tensor([1.0, math.nan]), "b": (2, [math.nan]), "class_uiou": torch.zeros(3)}
+        value = {"a": torch.tensor([1.0, math.nan]), "b": (2, [math.nan]),
+                 "class_uiou": torch.zeros(3)}
         self.assertEqual(evaluate.plain(value), {"a": [1.0, None], "b": [2, [None]]})
 
     def test_benchmark(self):
         out = io.StringIO()
-        with contextlib.redirect_stdout(out), mock.patch.object(evaluate, "build", lambda name: tiny_model(19)):
+        with contextlib.redirect_stdout(out), \
+                mock.patch.object(evaluate, "build", lambda name: tiny_model(19)):
             evaluate.benchmark(torch.device("cpu"), "auto", 80, 120, repeats=1)
-        self.assertRegex(out.getvalue(), r"ConvNeXt-T forward: [\d.]+ ms\n(metrics at +\d+ temperatures: .*% of it\n){3}$")
+        self.assertRegex(out.getvalue(), r"ConvNeXt-T forward: [\d.]+ ms\n"
+                         r"(metrics at +\d+ temperatures: .*% of it\n){3}$")
 
 
 class EvaluateScriptTest(Temporary):
@@ -2004,10 +2205,11 @@ class EvaluateScriptTest(Temporary):
             data.draw_demo(root, scale=0.05)                         # two images of every condition
         torch.manual_seed(0)
         model = swiftnet.build("convnext_atto", width=16, layer_scale=1.0)
-        for module in model.modules():                               # logits that differ between pixels
+        for module in model.modules():                           # logits that differ between pixels
             if isinstance(module, torch.nn.Conv2d):
                 module.weight.data *= 2.5
-        write_checkpoint(Path(cls.demo) / "best.pt", model, step=7, config={"data": str(root), "val": ("acdc",)})
+        write_checkpoint(Path(cls.demo) / "best.pt", model, step=7,
+                         config={"data": str(root), "val": ("acdc",)})
         cls.arguments = ("--checkpoint", Path(cls.demo) / "best.pt", "--workers", 0)
 
     def run_script(self, *arguments):
@@ -2019,7 +2221,8 @@ class EvaluateScriptTest(Temporary):
         return out.getvalue()
 
     def run_processes(self, processes, *arguments):
-        result = subprocess.run(command("evaluate.py", *self.arguments, *arguments, processes=processes), cwd=self.folder,
+        result = subprocess.run(command("evaluate.py", *self.arguments, *arguments,
+                                        processes=processes), cwd=self.folder,
                                 env=environment(), capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stderr[-3000:])
         return result.stdout
@@ -2033,7 +2236,8 @@ class EvaluateScriptTest(Temporary):
         models, _ = evaluate.load_ensemble([Path(self.demo) / "best.pt"], "cpu")
         samples = data.gather(root, (val,), "val", True)
         with contextlib.redirect_stdout(io.StringIO()):
-            return evaluate.evaluate(models, samples, 19, torch.device("cpu"), (temperature,))["all"][0].compute()
+            return evaluate.evaluate(models, samples, 19, torch.device("cpu"),
+                                     (temperature,))["all"][0].compute()
 
     def test_every_image_goes_through_once_and_numbers_are_those_of_evaluate(self):
         forwards = []
@@ -2042,45 +2246,60 @@ class EvaluateScriptTest(Temporary):
             forwards.append(image.sum().item())
             return swiftnet.predict(models, image, **how)
         with mock.patch.object(evaluate, "predict", counted):
-            text = self.run_script(*self.arguments, "--temperature", 0.67, "fit", "best", 1, "--json", "n.json")
+            text = self.run_script(*self.arguments, "--temperature", 0.67, "fit", "best", 1,
+                                   "--json", "n.json")
         self.assertEqual((len(forwards), len(set(forwards))), (8, 8))
-        self.assertIn("best and fit on 4 images, every second one of each condition; all tables are of the other 4", text)
+        self.assertIn("best and fit on 4 images, every second one of each condition; all tables "
+                      "are of the other 4", text)
         numbers = json.loads((self.folder / "n.json").read_text())
-        self.assertEqual([t["how"] for t in numbers["temperatures"]], ["given", "fit", "best", "given"])
+        self.assertEqual([t["how"] for t in numbers["temperatures"]],
+                         ["given", "fit", "best", "given"])
         self.assertEqual(len(numbers["grid"]), 1000)
-        self.assertEqual(set(numbers["temperatures"][0]["conditions"]), {"all", "fog", "night", "rain", "snow"})
+        self.assertEqual(set(numbers["temperatures"][0]["conditions"]),
+                         {"all", "fog", "night", "rain", "snow"})
         chosen = numbers["choice"]["chosen"]
-        self.assertEqual([t["temperature"] for t in numbers["temperatures"]], [0.67, chosen["fit"], chosen["best"], 1])
-        reporting = evaluate.split_halves(data.gather(Path(self.demo) / "demo", ("acdc",), "val", True))[1]
+        self.assertEqual([t["temperature"] for t in numbers["temperatures"]],
+                         [0.67, chosen["fit"], chosen["best"], 1])
+        reporting = evaluate.split_halves(
+            data.gather(Path(self.demo) / "demo", ("acdc",), "val", True))[1]
         models, _ = evaluate.load_ensemble([Path(self.demo) / "best.pt"], "cpu")
         with contextlib.redirect_stdout(io.StringIO()):
             metrics = evaluate.evaluate(models, reporting, 19, torch.device("cpu"), (0.67,))
         for condition, (m,) in metrics.items():
             told = numbers["temperatures"][0]["conditions"][condition]
             expected = {**evaluate.budget(m), **m.compute()}
-            for name in ("miou", "auiou", "ece", "ece_valid", "oracle", "false_invalid", "missed_invalid"):
+            for name in ("miou", "auiou", "ece", "ece_valid", "oracle", "false_invalid",
+                         "missed_invalid"):
                 self.assertEqual(told[name], expected[name], name)
-            self.assertEqual(told["class_missed_invalid"], evaluate.plain(expected["class_missed_invalid"]))
+            self.assertEqual(told["class_missed_invalid"],
+                             evaluate.plain(expected["class_missed_invalid"]))
         row = numbers["temperatures"][0]["conditions"]["night"]
-        self.assertRegex(text, rf"\nnight +1 +\d+ +{100 * row['miou']:.2f} +{100 * row['auiou']:.2f} +{row['ece']:.4f} ")
-        c = data.CLASSES.index("car")                                # the cell of one class in one condition
-        cell = f"{100 * row['class_false_invalid'][c]:.2f} / *{100 * row['class_missed_invalid'][c]:.2f}"
+        self.assertRegex(text, rf"\nnight +1 +\d+ +{100 * row['miou']:.2f} "
+                         rf"+{100 * row['auiou']:.2f} +{row['ece']:.4f} ")
+        c = data.CLASSES.index("car")                       # the cell of one class in one condition
+        cell = (f"{100 * row['class_false_invalid'][c]:.2f} / "
+                f"*{100 * row['class_missed_invalid'][c]:.2f}")
         self.assertRegex(text.split("AUIoU lost")[1], rf"\ncar +(\S+ / *\S+ +){{2}}{cell} ")
 
     def test_two_processes_write_the_same(self):
         for world in (1, 2):
-            self.run_processes(world, "--temperature", 0.67, "fit", "best", "--json", f"{world}/n.json", "--plots", f"{world}/plots",
-                               "--panels", 1, "--panels-worst", "--out", f"{world}/panels", "--precision", "fp32")
+            self.run_processes(world, "--temperature", 0.67, "fit", "best", "--json",
+                               f"{world}/n.json", "--plots", f"{world}/plots",
+                               "--panels", 1, "--panels-worst", "--out", f"{world}/panels",
+                               "--precision", "fp32")
             self.run_processes(world, "--submit", "acdc", f"{world}/acdc.zip", "--split", "val")
-        files = [sorted(path.relative_to(self.folder / str(world)) for path in (self.folder / str(world)).rglob("*")
+        files = [sorted(path.relative_to(self.folder / str(world))
+                        for path in (self.folder / str(world)).rglob("*")
                         if path.is_file()) for world in (1, 2)]
         self.assertEqual(files[0], files[1])
         self.assertEqual(len(files[0]), 1 + 5 + 4 + 1)               # numbers, plots, sheets, zip
         for path in files[0]:
-            self.assertEqual((self.folder / "1" / path).read_bytes(), (self.folder / "2" / path).read_bytes(), path)
+            self.assertEqual((self.folder / "1" / path).read_bytes(),
+                             (self.folder / "2" / path).read_bytes(), path)
 
     def test_plots_and_panels(self):
-        self.run_script(*self.arguments, "--temperature", 0.67, 1, "--plots", "plots", "--panels", 1, "--out", "panels")
+        self.run_script(*self.arguments, "--temperature", 0.67, 1, "--plots", "plots", "--panels",
+                        1, "--out", "panels")
         for condition in ("all", "fog", "night", "rain", "snow"):
             with Image.open(self.folder / f"plots/{condition}.png") as image:
                 self.assertEqual(image.width, 1600)
@@ -2099,7 +2318,8 @@ class EvaluateScriptTest(Temporary):
         prediction = torch.from_numpy(np.where(ids == 255, 0, ids)).flatten()
         level = torch.zeros(height, width, dtype=torch.uint8)
         level[:, width // 3:], level[:, 2 * width // 3:] = 1, 2
-        picture = np.array(evaluate.sheet(sample, data.CLASSES, 0.5, prediction, level.flatten(), 1.0, width=width))
+        picture = np.array(evaluate.sheet(sample, data.CLASSES, 0.5, prediction, level.flatten(),
+                                          1.0, width=width))
 
         def cell(column, row):
             x, y = 16 + column * (width + 16), 60 + row * (height + 44) + 44
@@ -2133,49 +2353,62 @@ class EvaluateScriptTest(Temporary):
         put(folder / "deep/er/b.jpg", picture(1, 90, 130))
         put(folder / "deep/c.JPEG", picture(2, 33, 17))
         (folder / "notes.txt").write_text("no image")
-        arguments = (*self.arguments, "--images", folder, "--out", folder / "out", "--temperature", 0.67)
+        arguments = (*self.arguments, "--images", folder, "--out", folder / "out", "--temperature",
+                     0.67)
         self.run_script(*arguments)
-        written = {str(path.relative_to(folder / "out")): path.stat().st_mtime_ns for path in (folder / "out").rglob("*.png")}
-        self.assertEqual(set(written), {f"{kind}/{name}.png" for kind in ("labelTrainIds", "confidence", "overlay")
+        written = {str(path.relative_to(folder / "out")): path.stat().st_mtime_ns
+                   for path in (folder / "out").rglob("*.png")}
+        self.assertEqual(set(written), {f"{kind}/{name}.png"
+                                        for kind in ("labelTrainIds", "confidence", "overlay")
                                         for name in ("a", "deep/er/b", "deep/c")})
         model, _ = swiftnet.load_checkpoint(Path(self.demo) / "best.pt")
         image, _ = data.read_image(folder / "deep/er/b.jpg")
         logits = swiftnet.predict(model, torch.from_numpy(np.array(image)).permute(2, 0, 1))
         q, y = torch.softmax(logits / 0.67, 0).max(0)
-        with Image.open(folder / "out/labelTrainIds/deep/er/b.png") as ids, Image.open(folder / "out/confidence/deep/er/b.png") as c:
+        with Image.open(folder / "out/labelTrainIds/deep/er/b.png") as ids, \
+                Image.open(folder / "out/confidence/deep/er/b.png") as c:
             self.assertEqual((ids.mode, ids.size), ("L", (90, 130)))
             np.testing.assert_array_equal(np.array(ids), y.numpy())
             self.assertIn(c.mode, ("I;16", "I"))
             np.testing.assert_allclose(np.array(c) / 65535, q.numpy(), atol=1e-5)
-        (folder / "out/confidence/a.png").unlink()                   # an interrupted run: a alone is made again
+        (folder / "out/confidence/a.png").unlink()       # an interrupted run: a alone is made again
         self.run_script(*arguments)
-        again = {str(path.relative_to(folder / "out")): path.stat().st_mtime_ns for path in (folder / "out").rglob("*.png")}
+        again = {str(path.relative_to(folder / "out")): path.stat().st_mtime_ns
+                 for path in (folder / "out").rglob("*.png")}
         self.assertEqual({name for name in again if again[name] != written[name]},
                          {f"{kind}/a.png" for kind in ("labelTrainIds", "confidence", "overlay")})
         self.fails("other settings", *arguments[:-1], 1.0)
         put(folder / "a.jpg", picture(3))
         self.fails("two images would be written as a.png", *arguments)
-        self.fails("no such folder, or no .png", *self.arguments, "--images", self.folder / "nowhere")
+        self.fails("no such folder, or no .png", *self.arguments, "--images",
+                   self.folder / "nowhere")
 
     def test_submissions(self):
         root = Path(self.demo) / "demo"
-        self.fails("expects 2000 test images, found 8", *self.arguments, "--submit", "acdc", "a.zip")
-        self.fails("knows acdc, cityscapes, darkzurich", *self.arguments, "--submit", "kitti", "a.zip")
+        self.fails("expects 2000 test images, found 8", *self.arguments, "--submit", "acdc",
+                   "a.zip")
+        self.fails("knows acdc, cityscapes, darkzurich", *self.arguments, "--submit", "kitti",
+                   "a.zip")
         self.assertEqual(list(self.folder.iterdir()), [])
         for kind, images, inside in (("acdc", 8, ("labelTrainIds/",)), ("cityscapes", 2, ("",)),
-                                     ("darkzurich", 2, ("labelTrainIds/", "confidence/", "labelTrainIds_invalid/"))):
-            self.run_script(*self.arguments, "--submit", kind, f"{kind}.zip", "--split", "val", "--theta", 0.3)
+                                     ("darkzurich", 2,
+                                      ("labelTrainIds/", "confidence/", "labelTrainIds_invalid/"))):
+            self.run_script(*self.arguments, "--submit", kind, f"{kind}.zip", "--split", "val",
+                            "--theta", 0.3)
             samples = data.gather(root, (evaluate.SUBMISSIONS[kind][0],), "val", True)
             with zipfile.ZipFile(self.folder / f"{kind}.zip") as archive:
                 self.assertEqual(sorted(archive.namelist()),
-                                 sorted(f"{folder}{Path(s.image).stem}.png" for folder in inside for s in samples))
+                                 sorted(f"{folder}{Path(s.image).stem}.png" for folder in inside
+                                        for s in samples))
                 self.assertEqual(len(samples), images)
                 archive.extractall(self.folder / kind)
             self.assertFalse((self.folder / f"{kind}.zip.parts").exists())
         model, _ = swiftnet.load_checkpoint(Path(self.demo) / "best.pt")
-        for kind, where, val in (("acdc", "labelTrainIds", "acdc"), ("cityscapes", "", "cityscapes")):
+        for kind, where, val in (("acdc", "labelTrainIds", "acdc"),
+                                 ("cityscapes", "", "cityscapes")):
             sample = data.gather(root, (val,), "val", True)[0]
-            y = swiftnet.predict(model, torch.tensor(data.read_sample(sample, 19)[0])).argmax(0).numpy()
+            y = swiftnet.predict(model,
+                                 torch.tensor(data.read_sample(sample, 19)[0])).argmax(0).numpy()
             with Image.open(self.folder / kind / where / f"{Path(sample.image).stem}.png") as image:
                 self.assertEqual(image.mode, "L")
                 values = np.array(image)
@@ -2183,8 +2416,8 @@ class EvaluateScriptTest(Temporary):
                 values = np.array(data.CITYSCAPES_TABLE)[values]
             np.testing.assert_array_equal(values, y)
         one = next((self.folder / "darkzurich/confidence").iterdir()).name
-        ids, c, marked = (np.array(Image.open(self.folder / "darkzurich" / folder / one)) for folder in
-                          ("labelTrainIds", "confidence", "labelTrainIds_invalid"))
+        ids, c, marked = (np.array(Image.open(self.folder / "darkzurich" / folder / one))
+                          for folder in ("labelTrainIds", "confidence", "labelTrainIds_invalid"))
         self.assertTrue(((marked == 255) | (marked == ids)).all())
         clear = abs(c / 65535 - 0.3) > 1e-4
         np.testing.assert_array_equal((marked == 255)[clear], (c / 65535 < 0.3)[clear])
@@ -2194,8 +2427,9 @@ class EvaluateScriptTest(Temporary):
         put(parts / "labelTrainIds/a.png", good)
         folders = ("labelTrainIds",)
         evaluate.check_parts(parts, folders, "a.png", good.shape)
-        for values, words in ((pattern([19]), "such as 19"), (pattern([255]), "such as 255"), (pattern([0], 20), "it is 20x16, "
-                              "expected 24x16"), (good.astype(np.uint16), "mode I;16, expected L")):
+        for values, words in ((pattern([19]), "such as 19"), (pattern([255]), "such as 255"),
+                              (pattern([0], 20), "it is 20x16, expected 24x16"),
+                              (good.astype(np.uint16), "mode I;16, expected L")):
             put(parts / "labelTrainIds/a.png", values)
             with self.assertRaisesRegex(ValueError, words):
                 evaluate.check_parts(parts, folders, "a.png", good.shape)
@@ -2207,27 +2441,35 @@ class EvaluateScriptTest(Temporary):
         with self.assertRaises(FileNotFoundError):
             evaluate.check_parts(parts, folders, "b.png", good.shape)
         Fixtures.acdc(self.folder)                                   # one name in all conditions
-        with self.assertRaisesRegex(ValueError, "two val images of acdc would be GOPR0475_frame_000041_rgb_anon.png"):
+        with self.assertRaisesRegex(ValueError, "two val images of acdc would be "
+                                    "GOPR0475_frame_000041_rgb_anon.png"):
             evaluate.submission_samples("acdc", self.folder, "val")
         for i in range(1525):
             path = self.folder / f"cityscapes/leftImg8bit/test/x/x_{i:06d}_000000_leftImg8bit.png"
-            put(path, picture(0, 8, 4)) if i == 0 else path.symlink_to("x_000000_000000_leftImg8bit.png")
+            (put(path, picture(0, 8, 4)) if i == 0
+             else path.symlink_to("x_000000_000000_leftImg8bit.png"))
         with self.assertRaisesRegex(ValueError, "it is 8x4, expected 2048x1024"):
             evaluate.submission_samples("cityscapes", self.folder, "test")
 
     def test_score(self):
-        """What was written scores as what was in memory: mIoU exactly, AUIoU and ECE to the 16 bits of the files."""
+        """What was written scores as what was in memory: mIoU exactly,
+        AUIoU and ECE to the 16 bits of the files."""
         root = Path(self.demo) / "demo"
-        self.run_script(*self.arguments, "--submit", "darkzurich", "d.zip", "--split", "val", "--temperature", 0.67)
+        self.run_script(*self.arguments, "--submit", "darkzurich", "d.zip", "--split", "val",
+                        "--temperature", 0.67)
         self.run_script(*self.arguments, "--submit", "cityscapes", "c.zip", "--split", "val")
-        self.run_script(*self.arguments, "--images", root / "acdc/rgb_anon", "--out", "acdc", "--temperature", 1.5)
+        self.run_script(*self.arguments, "--images", root / "acdc/rgb_anon", "--out", "acdc",
+                        "--temperature", 1.5)
         for name in ("d", "c"):
             with zipfile.ZipFile(self.folder / f"{name}.zip") as archive:
                 archive.extractall(self.folder / name)
-        for folder, val, temperature, more in (("d", "dark_zurich", 0.67, ()), ("acdc", "acdc", 1.5, ()),
+        for folder, val, temperature, more in (("d", "dark_zurich", 0.67, ()),
+                                               ("acdc", "acdc", 1.5, ()),
                                                ("c", "cityscapes", 1.0, ("--label-ids",))):
-            text = self.run_script("--score", folder, "--data", root, "--val", val, "--json", "n.json", *more)
-            told = json.loads((self.folder / "n.json").read_text())["temperatures"][0]["conditions"]["all"]
+            text = self.run_script("--score", folder, "--data", root, "--val", val, "--json",
+                                   "n.json", *more)
+            told = json.loads((self.folder / "n.json").read_text())[
+                "temperatures"][0]["conditions"]["all"]
             expected = self.in_memory(val, temperature)
             self.assertEqual(told["confusion"], expected["confusion"].tolist())
             self.assertEqual(told["miou"], expected["miou"])
@@ -2237,20 +2479,26 @@ class EvaluateScriptTest(Temporary):
             else:
                 for name in ("auiou", "ece", "ece_valid"):
                     self.assertAlmostEqual(told[name], expected[name], delta=1e-4)
-        self.run_script("--score", "acdc", "--data", root, "--val", "acdc", "--panels", 1, "--out", "sheets", "--plots", "plots")
-        self.assertEqual((len(list((self.folder / "sheets").iterdir())), len(list((self.folder / "plots").iterdir()))), (4, 5))
-        self.fails("name no class on .* --label-ids", "--score", "c", "--data", root, "--val", "cityscapes")
-        self.fails("lacks 2 of 2 predictions, first .*expected PNGs named like", "--score", "d", "--data", root,
-                   "--val", "cityscapes")
+        self.run_script("--score", "acdc", "--data", root, "--val", "acdc", "--panels", 1, "--out",
+                        "sheets", "--plots", "plots")
+        self.assertEqual((len(list((self.folder / "sheets").iterdir())),
+                          len(list((self.folder / "plots").iterdir()))), (4, 5))
+        self.fails("name no class on .* --label-ids", "--score", "c", "--data", root, "--val",
+                   "cityscapes")
+        self.fails("lacks 2 of 2 predictions, first .*expected PNGs named like", "--score", "d",
+                   "--data", root, "--val", "cityscapes")
         some = next((self.folder / "d/labelTrainIds").iterdir())
         put(self.folder / "d/labelTrainIds/deeper" / some.name, pattern([0]))
-        self.fails("stands for two images or files", "--score", "d", "--data", root, "--val", "dark_zurich")
+        self.fails("stands for two images or files", "--score", "d", "--data", root, "--val",
+                   "dark_zurich")
 
     def test_mistakes(self):
         for words, arguments in (
                 ("--images and --score exclude each other", ["--images", "x", "--score", "y"]),
-                ("--temperature fit and best need logits", ["--images", "x", "--temperature", "fit"]),
-                ("--plots needs labelled images; --images has none", ["--images", "x", "--plots", "y"]),
+                ("--temperature fit and best need logits",
+                 ["--images", "x", "--temperature", "fit"]),
+                ("--plots needs labelled images; --images has none",
+                 ["--images", "x", "--plots", "y"]),
                 ("--panels takes the number", ["--panels-worst"]),
                 ("--score needs the set", ["--score", "x"]),
                 ("invalid temperature value: 'warm'", ["--temperature", "warm"]),
@@ -2258,20 +2506,24 @@ class EvaluateScriptTest(Temporary):
             self.fails(words, *arguments)
 
     def test_logits_that_are_not_finite(self):
-        with mock.patch.object(evaluate, "predict", lambda models, image, **how: torch.full((19, *image.shape[1:]), math.nan)):
+        with mock.patch.object(
+                evaluate, "predict",
+                lambda models, image, **how: torch.full((19, *image.shape[1:]), math.nan)):
             self.fails("logits of .*png are not finite", *self.arguments)
 
 
 # --- mistakes of users --------------------------------------------------------------------------
 
 class MistakeTest(Temporary):
-    """One line that says what was found and what to do, exit status 2, nothing written is touched."""
+    """One line that says what was found and what to do, exit status 2,
+    nothing written is touched."""
 
     def fails(self, script, arguments, words):
         before = self.contents()
         out, err = io.StringIO(), io.StringIO()
         name = Path(script.__file__).name
-        with contextlib.chdir(self.folder), mock.patch.object(sys, "argv", [name, *map(str, arguments)]), \
+        with contextlib.chdir(self.folder), \
+                mock.patch.object(sys, "argv", [name, *map(str, arguments)]), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 self.assertRaises(SystemExit) as stop:
             data.run_main(script.main)
@@ -2284,14 +2536,15 @@ class MistakeTest(Temporary):
         self.assertTrue(all(after.get(path) == content for path, content in before.items()))
 
     def contents(self):
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(self.folder.rglob("*"))
+        return {path: (path.stat().st_mtime_ns, path.read_bytes())
+                for path in sorted(self.folder.rglob("*"))
                 if path.is_file() and path.name != ".lock"}
 
     def setUp(self):
         super().setUp()
         Fixtures.custom(self.folder / "data", images=4, size=(80, 60))
-        self.scratch = ("--recipe", "camvid", "--train", "custom", "--val", "custom", "--crop", 160, "--batch", 2,
-                        "--steps", 1, "--width", 16)
+        self.scratch = ("--recipe", "camvid", "--train", "custom", "--val", "custom", "--crop", 160,
+                        "--batch", 2, "--steps", 1, "--width", 16)
 
     def test_flags(self):
         for script, arguments, words in (
@@ -2305,7 +2558,8 @@ class MistakeTest(Temporary):
                 (train, ["--layer-scale", "nan"], "--layer-scale must be a finite number"),
                 (train, ["--crop", 100_000_000], "--crop must be at most 8192"),
                 (train, ["--seed", 10 ** 15], "--seed must be at most 1000000"),
-                (train, ["--train", "camvid"], "no train images of camvid|neither acdc nor cityscapes"),
+                (train, ["--train", "camvid"],
+                 "no train images of camvid|neither acdc nor cityscapes"),
                 (evaluate, ["--scales", "inf"], "--scales must be a finite number"),
                 (train, ["--zoom", 2, 1], "--zoom takes two numbers"),
                 (train, ["--crop", 128], "not above the coarsest stride, 128"),
@@ -2330,10 +2584,13 @@ class MistakeTest(Temporary):
                 (["--data", "empty"], "empty holds none of cityscapes, vistas"),
                 ([], "data holds none of cityscapes"),
                 (["--train", "custom"], "neither acdc nor cityscapes"),
-                (["--train", "cityscapes", "--val", "custom"], "no train images of cityscapes: looked for data/cityscapes"),
-                (["--train", "mars", "--val", "custom"], "unknown dataset 'mars'; known: cityscapes"),
+                (["--train", "cityscapes", "--val", "custom"],
+                 "no train images of cityscapes: looked for data/cityscapes"),
+                (["--train", "mars", "--val", "custom"],
+                 "unknown dataset 'mars'; known: cityscapes"),
                 ([*self.scratch, "--init", "nowhere.pt"], "cannot open the weights nowhere.pt"),
-                ([*self.scratch, "--pretrained", "in22k"], "convnext_atto was never published as 'in22k'")):
+                ([*self.scratch, "--pretrained", "in22k"],
+                 "convnext_atto was never published as 'in22k'")):
             self.fails(train, arguments, words)
 
     def test_files(self):
@@ -2341,8 +2598,10 @@ class MistakeTest(Temporary):
         label = self.folder / "data/custom/labels/train/frame1 of mine.png"
         good_image, good_label = image.read_bytes(), label.read_bytes()
         arguments = [*self.scratch, "--batch", 4, "--out", self.folder / "out"]
-        for path, content, words in ((image, good_image[:200], "frame1 of mine.png cannot be read: .*replace or remove"),
-                                     (label, pattern([77], 80, 60), r"label values \[77\] have no meaning in custom"),
+        for path, content, words in ((image, good_image[:200],
+                                      "frame1 of mine.png cannot be read: .*replace or remove"),
+                                     (label, pattern([77], 80, 60),
+                                      r"label values \[77\] have no meaning in custom"),
                                      (label, pattern([0], 79, 60), "79x60, its image .* 80x60"),
                                      (label, None, "1 of 4 images of custom train have no label")):
             if content is None:
@@ -2351,7 +2610,7 @@ class MistakeTest(Temporary):
                 path.write_bytes(content)
             else:
                 put(path, content)
-            with mock.patch.object(train, "Log"):                  # the log may be begun before a file is met
+            with mock.patch.object(train, "Log"):        # the log may be begun before a file is met
                 self.fails(train, arguments, words)
             image.write_bytes(good_image)
             label.write_bytes(good_label)
@@ -2368,26 +2627,31 @@ class MistakeTest(Temporary):
         torch.save({"model": {}}, self.folder / "other.pt")
         (self.folder / "text.pt").write_text("not a checkpoint at all")
         (self.folder / "cut.pt").write_bytes((self.folder / "five.pt").read_bytes()[:1000])
-        for path, words in (("five.pt", r"five.pt knows 5 classes \(a, ...\), which are not those of custom"),
+        for path, words in (("five.pt",
+                             r"five.pt knows 5 classes \(a, ...\), which are not those of custom"),
                             ("broken.pt", "does not fit its own architecture"),
                             ("strange.pt", "does not fit its own architecture"),
                             ("other.pt", "no checkpoint of train.py .it lacks architecture"),
-                            ("unnamed.pt", "it lacks classes"), ("lists.pt", "it lacks tensors"), ("text.pt", "no torch file"),
-                            ("cut.pt", "no torch file"), ("nowhere.pt", "cannot open the weights nowhere.pt")):
+                            ("unnamed.pt", "it lacks classes"), ("lists.pt", "it lacks tensors"),
+                            ("text.pt", "no torch file"), ("cut.pt", "no torch file"),
+                            ("nowhere.pt", "cannot open the weights nowhere.pt")):
             self.fails(evaluate, ["--checkpoint", path], words)
         save("runs-other.pt", classes=("kind 0", "kind 1", "kind 2"))
-        self.fails(evaluate, ["--checkpoint", "five.pt", "runs-other.pt"], "an ensemble needs the same")
+        self.fails(evaluate, ["--checkpoint", "five.pt", "runs-other.pt"],
+                   "an ensemble needs the same")
 
     def test_more_processes_than_the_batch_divides_into(self):
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "3"}), \
-                mock.patch.object(train, "start_processes", return_value=(0, 3, torch.device("cpu"))):
+                mock.patch.object(train, "start_processes",
+                                  return_value=(0, 3, torch.device("cpu"))):
             self.fails(train, [*self.scratch], "--batch 2 does not divide by 3 processes")
 
     def test_more_processes_than_gpus(self):
         with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "8"}), \
                 mock.patch("torch.cuda.is_available", return_value=True), \
                 mock.patch("torch.cuda.device_count", return_value=2):
-            self.fails(train, [*self.scratch], "8 processes for 2 GPUs; start with --nproc_per_node=2")
+            self.fails(train, [*self.scratch],
+                       "8 processes for 2 GPUs; start with --nproc_per_node=2")
 
 
 # --- the scripts as their users run them --------------------------------------------------------
@@ -2407,19 +2671,24 @@ class ReadmeTest(Temporary):
             line = line.removeprefix("pip install -r requirements.txt && ")
             if "test_all.py" in line:
                 continue
-            if "--data data" in line or "camvid" in line:          # not before: the first commands need no data/
+            # not before: the first commands need no data/
+            if "--data data" in line or "camvid" in line:
                 Fixtures.camvid(self.folder / "data")
             if " train.py" in line:
                 line += " --steps 2 --batch 4 --log-every 1"
-            result = subprocess.run(line.split(), cwd=self.folder, env=environ, capture_output=True, text=True)
-            self.assertEqual(result.returncode, 0, f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+            result = subprocess.run(line.split(), cwd=self.folder, env=environ, capture_output=True,
+                                    text=True)
+            self.assertEqual(result.returncode, 0,
+                             f"{line}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
             tried.append(line)
         joined = "\n".join(tried)
-        for script in ("train.py --demo", "train.py --recipe camvid", "evaluate.py --temperature 0.67", "data.py", "swiftnet.py"):
+        for script in ("train.py --demo", "train.py --recipe camvid",
+                       "evaluate.py --temperature 0.67", "data.py", "swiftnet.py"):
             self.assertIn(script, joined)
 
     def test_example(self):
-        """The five-line Python example: a checkpoint, an image file, a picture of the prediction."""
+        """The five-line Python example: a checkpoint, an image file,
+        a picture of the prediction."""
         code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
         write_checkpoint(self.folder / "runs/demo/best.pt")
         put(self.folder / "street.png", picture(0, 200, 100))
@@ -2429,7 +2698,8 @@ class ReadmeTest(Temporary):
 
     def test_help(self):
         for script in ("train.py", "evaluate.py", "data.py"):
-            result = subprocess.run(command(script, "--help"), env=environment(), capture_output=True, text=True)
+            result = subprocess.run(command(script, "--help"), env=environment(),
+                                    capture_output=True, text=True)
             self.assertEqual((result.returncode, result.stderr), (0, ""))
             self.assertIn("usage:", result.stdout)
 
@@ -2438,16 +2708,19 @@ class DemoTest(Temporary):
     def test_layouts_and_determinism(self):
         data.draw_demo(self.folder / "a", scale=0.05)
         data.draw_demo(self.folder / "b", scale=0.05)
-        files = sorted(path.relative_to(self.folder / "a") for path in (self.folder / "a").rglob("*.png"))
+        files = sorted(path.relative_to(self.folder / "a")
+                       for path in (self.folder / "a").rglob("*.png"))
         self.assertGreater(len(files), 50)
         for path in files:
-            self.assertEqual((self.folder / "a" / path).read_bytes(), (self.folder / "b" / path).read_bytes(), path)
+            self.assertEqual((self.folder / "a" / path).read_bytes(),
+                             (self.folder / "b" / path).read_bytes(), path)
         root = self.folder / "a"
         with contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(data.check(root, all_files=True), [])
         clear = data.gather(root, ("cityscapes",), "train", True)
         adverse = data.gather(root, ("acdc",), "val", True)
-        self.assertEqual({s.condition for s in clear + adverse}, {"clear", "fog", "night", "rain", "snow"})
+        self.assertEqual({s.condition for s in clear + adverse},
+                         {"clear", "fog", "night", "rain", "snow"})
         self.assertTrue(data.gather(root, ("dark_zurich",), "train", False))
         seen, invalid_share, both = set(), [], 0
         for sample in clear + adverse:
@@ -2476,8 +2749,10 @@ class GpuTest(Temporary):
 
     def test_distances_and_metrics_equal_the_cpu(self):
         labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)
-        self.assertTrue(torch.equal(losses.boundary_distance(labels.cuda()).cpu(), losses.boundary_distance(labels)))
-        self.assertTrue(torch.equal(losses.boundary_weights(labels.cuda()).cpu(), losses.boundary_weights(labels)))
+        self.assertTrue(torch.equal(losses.boundary_distance(labels.cuda()).cpu(),
+                                    losses.boundary_distance(labels)))
+        self.assertTrue(torch.equal(losses.boundary_weights(labels.cuda()).cpu(),
+                                    losses.boundary_weights(labels)))
         logits = torch.randn(2, 4, 200, 300)
         ours, theirs = evaluate.Metrics(4), evaluate.Metrics(4, device="cuda")
         ours.update(logits, labels)
@@ -2491,8 +2766,9 @@ class SlowTest(Temporary):
     """The promises of the demo, on the whole of it: about 20 minutes on two cores."""
 
     def run_demo(self, *arguments):
-        result = subprocess.run(command("train.py", "--demo", *arguments, processes=2), cwd=self.folder,
-                                env=environment(), capture_output=True, text=True, check=True)
+        result = subprocess.run(command("train.py", "--demo", *arguments, processes=2),
+                                cwd=self.folder, env=environment(), capture_output=True, text=True,
+                                check=True)
         table = re.findall(r"^(\w+) +\d+ +\d+ +([\d.]+) .* ([+-][\d.]+)$", result.stdout, re.M)
         return {name: (float(miou), float(gain)) for name, miou, gain in table}
 
@@ -2503,7 +2779,8 @@ class SlowTest(Temporary):
             self.assertGreaterEqual(gain, 30, condition)
         clear_only = self.run_demo("--train", "cityscapes", "--out", "runs/clear")
         for condition in ("night", "fog"):
-            self.assertGreaterEqual(clear_only["clear"][0] - clear_only[condition][0], 10, condition)
+            self.assertGreaterEqual(clear_only["clear"][0] - clear_only[condition][0], 10,
+                                    condition)
 
 
 class Result(unittest.TextTestResult):
@@ -2522,9 +2799,10 @@ class Result(unittest.TextTestResult):
 
 def main():
     arguments = [argument for argument in sys.argv[1:] if argument != "--slow"]
-    torch.set_num_threads(1)                 # as fast for tests this small, and the same numbers on any machine
+    torch.set_num_threads(1)     # as fast for tests this small, and the same numbers on any machine
     loader, module = unittest.TestLoader(), sys.modules[__name__]
-    suite = loader.loadTestsFromNames(arguments, module) if arguments else loader.loadTestsFromModule(module)
+    suite = (loader.loadTestsFromNames(arguments, module) if arguments
+             else loader.loadTestsFromModule(module))
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(suite)
     failed = len(result.failures) + len(result.errors)
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)

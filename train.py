@@ -1,13 +1,15 @@
 """Train SwiftNet-ConvNeXt.
 
-    torchrun --nproc_per_node=8 train.py                           the deck's recipe on the sets in data/
-    torchrun --nproc_per_node=2 train.py --demo                    generated streets, minutes on two CPU cores
-    torchrun --nproc_per_node=2 train.py --recipe camvid           CamVid from scratch
-    python train.py --batch-per-process 1 --checkpoint-blocks      one GPU, the same global batch
+    torchrun --nproc_per_node=8 train.py                  the deck's recipe on the sets in data/
+    torchrun --nproc_per_node=2 train.py --demo           generated streets, minutes on two CPU
+                                                          cores
+    torchrun --nproc_per_node=2 train.py --recipe camvid  CamVid from scratch
+    python train.py --batch-per-process 1 --checkpoint-blocks  one GPU, the same global batch
 
-A run writes runs/<recipe>/{last.pt,best.pt,log.jsonl}. The same command continues an unfinished run.
-"the deck": Grcic, "Large-scale semantic segmentation through multi-resolution processing and selective
-pseudolabeling", Vision for All Seasons, CVPR 2022.
+A run writes runs/<recipe>/{last.pt,best.pt,log.jsonl}. The same command continues an unfinished
+run.
+"the deck": Grcic, "Large-scale semantic segmentation through multi-resolution processing and
+selective pseudolabeling", Vision for All Seasons, CVPR 2022.
 """
 
 import contextlib
@@ -32,11 +34,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained
-from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts, classes_of,
-                  clock, collate, draw_demo, flag, gather, gather_groups, ignore_sigterm, is_first, parse_flags, parse_spec,
-                  run_main, say, whole_file)
-from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type, start_processes,
-                      summary_table)
+from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts,
+                  classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
+                  ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say, whole_file)
+from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type,
+                      start_processes, summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
 from swiftnet import build, read_checkpoint
 
@@ -48,17 +50,21 @@ DEFAULT_MIX = [name for name, row in DATASETS.items() if row.role == "annotated"
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = flag("driving", "numbers of a run, under the flags given", choices=("driving", "ade20k", "camvid", "demo"))
-    demo: bool = flag(False, "the same as --recipe demo: train on generated streets, drawn into demo/")
+    recipe: str = flag("driving", "numbers of a run, under the flags given",
+                       choices=("driving", "ade20k", "camvid", "demo"))
+    demo: bool = flag(False, "the same as --recipe demo: train on generated streets, "
+                      "drawn into demo/")
     data: str = flag("data", "data root, a folder per set")
-    train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; a name may be a folder "
-                        "of pseudolabels (default: the annotated sets found)")
+    train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; "
+                        "a name may be a folder of pseudolabels (default: the annotated sets "
+                        "found)")
     val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
     resume: str = flag("", "run folder to continue, with the settings stored there")
     init: str = flag("", "checkpoint to take weights from, and nothing else")
     backbone: str = flag("convnext_large", "size of the backbone", choices=tuple(SIZES))
-    pretrained: str = flag("in22k_1k_384", "backbone weights: in1k, in22k, in22k_1k_384, a path, a URL, or none")
+    pretrained: str = flag("in22k_1k_384", "backbone weights: in1k, in22k, in22k_1k_384, a path, "
+                           "a URL, or none")
     levels: int = flag(3, "resolutions of the pyramid; 1 is the single-scale SwiftNet")
     width: int = flag(0, "channels of the ladder (default: by size of the backbone)")
     layer_scale: float = flag(1e-6, "initial layer scale")
@@ -66,20 +72,25 @@ class Config:
     epochs: int = flag(50, "passes over the training set")
     steps: int = flag(0, "optimizer steps in all (default: as many as the epochs have)")
     batch: int = flag(24, "images per optimizer step, over all processes")
-    batch_per_process: int = flag(3, "images per forward and process; the rest of the batch is accumulated")
+    batch_per_process: int = flag(3, "images per forward and process; the rest of the batch is "
+                                  "accumulated")
     crop: int = flag(1024, "side of the training crop, pixels")
     zoom: tuple = flag((0.5, 2.0), "range of the random zoom")
-    jitter: float = flag(0.0, "brightness, contrast and saturation are scaled by factors in 1 - jitter .. 1 + jitter")
-    uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly, 0..1")
+    jitter: float = flag(0.0, "brightness, contrast and saturation are scaled by factors "
+                         "in 1 - jitter .. 1 + jitter")
+    uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly, "
+                                  "0..1")
     skip_bad: int = flag(0, "files per process that may be unreadable before training stops")
     lr: float = flag(4e-4, "learning rate of new layers")
     backbone_lr: float = flag(1e-4, "learning rate of the backbone")
     warmup: int = flag(0, "steps of linear warm-up")
     weight_decay: float = flag(1e-4, "Adam's L2 term")
     bn_momentum: float = flag(0.01, "weight of the newest batch in the running statistics")
-    precision: str = flag("auto", "auto is bf16 where the GPU has it, else fp16; float32 on a CPU", choices=("auto", "bf16", "fp16", "fp32"))
+    precision: str = flag("auto", "auto is bf16 where the GPU has it, else fp16; float32 on a CPU",
+                          choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = flag(False, "torch.compile the network")
-    checkpoint_blocks: bool = flag(False, "recompute ConvNeXt blocks in the backward pass: less memory")
+    checkpoint_blocks: bool = flag(False, "recompute ConvNeXt blocks in the backward pass: "
+                                   "less memory")
     val_every: int = flag(1, "epochs between validations")
     save_every: int = flag(500, "steps between checkpoints, besides those at validations")
     log_every: int = flag(20, "steps between lines of the log")
@@ -87,58 +98,70 @@ class Config:
     seed: int = flag(0, "seed of weights, sampling and augmentation")
 
 
-# What differs from the defaults above, which are the deck's. NOTE(deck): the recipes below are ours.
+# What differs from the defaults above, which are the deck's.
+# NOTE(deck): the recipes below are ours.
 FROM_SCRATCH = {"backbone": "convnext_atto", "pretrained": "none", "layer_scale": 0.1, "lr": 1e-3,
-                "backbone_lr": 1e-3, "bn_momentum": 0.1, "crop": 256, "batch": 8, "batch_per_process": 8,
-                "workers": 0}
+                "backbone_lr": 1e-3, "bn_momentum": 0.1, "crop": 256, "batch": 8,
+                "batch_per_process": 8, "workers": 0}
 RECIPES = {
     "driving": {},
-    "ade20k": {"train": ("ade20k",), "val": ("ade20k",), "crop": 512, "batch": 16, "batch_per_process": 2,
-               "epochs": 127},
-    "camvid": {**FROM_SCRATCH, "train": ("camvid",), "val": ("camvid",), "steps": 2000, "warmup": 50,
-               "val_every": 5},
-    "demo": {**FROM_SCRATCH, "data": "demo", "train": ("cityscapes", "acdc"), "val": ("acdc", "cityscapes"),
+    "ade20k": {"train": ("ade20k",), "val": ("ade20k",), "crop": 512, "batch": 16,
+               "batch_per_process": 2, "epochs": 127},
+    "camvid": {**FROM_SCRATCH, "train": ("camvid",), "val": ("camvid",), "steps": 2000,
+               "warmup": 50, "val_every": 5},
+    "demo": {**FROM_SCRATCH, "data": "demo", "train": ("cityscapes", "acdc"),
+             "val": ("acdc", "cityscapes"),
              "width": 64, "zoom": (0.75, 1.75), "steps": 400, "warmup": 20, "val_every": 1000},
 }
 # Flags that may differ between a run and its continuation: they do not change what is learned.
 # batch_per_process is not among them: BatchNorm's statistics are those of one forward.
-FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "save_every", "log_every", "workers", "skip_bad")
+FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "save_every", "log_every",
+        "workers", "skip_bad")
 
 
 def settle(given):
-    """The Config of a command line: defaults, then the recipe, then the flags given. Raises ValueError."""
+    """The Config of a command line: defaults, then the recipe, then the flags given.
+    Raises ValueError."""
     if "resume" in given:
         path = last_checkpoint(given["resume"])
         base = read_checkpoint(path)["config"]
         if unknown := base.keys() - {item.name for item in dataclasses.fields(Config)}:
-            raise ValueError(f"{path} was written by another version: it has settings {', '.join(sorted(unknown))}")
+            raise ValueError(f"{path} was written by another version: it has settings "
+                             f"{', '.join(sorted(unknown))}")
     else:
-        if not given.get("demo") and not {"recipe", "data", "train", "val"} & given.keys() and not Path("data").is_dir():
+        if (not given.get("demo") and not {"recipe", "data", "train", "val"} & given.keys()
+                and not Path("data").is_dir()):
             say("no --data given and no folder data/ here: training on the generated demo streets")
             given = {**given, "demo": True}
         if given.get("demo") and given.setdefault("recipe", "demo") != "demo":
             raise ValueError(f"--demo and --recipe {given['recipe']} exclude each other")
         base = RECIPES[given.get("recipe", "driving")]
     config = Config(**{**base, **given})
-    for name in ("levels", "epochs", "batch", "batch_per_process", "crop", "val_every", "save_every", "log_every"):
+    for name in ("levels", "epochs", "batch", "batch_per_process", "crop", "val_every",
+                 "save_every", "log_every"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(config, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, "
+                             f"found {getattr(config, name)}")
     for name in ("steps", "width", "warmup", "workers", "weight_decay", "seed", "skip_bad"):
         if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, "
+                             f"found {getattr(config, name)}")
     if not (len(config.zoom) == 2 and 0.01 <= config.zoom[0] <= config.zoom[1] <= 100):
-        raise ValueError(f"--zoom takes two numbers, 0.01 <= low <= high <= 100; found {shown(config.zoom)}")
+        raise ValueError("--zoom takes two numbers, 0.01 <= low <= high <= 100; "
+                         f"found {shown(config.zoom)}")
     for name, most in (("crop", 8192), ("seed", 1_000_000), ("workers", 256), ("batch", 100_000)):
         if getattr(config, name) > most:
             raise ValueError(f"--{name} must be at most {most}, found {getattr(config, name)}")
     if config.crop <= 32 * 2 ** (config.levels - 1):
-        raise ValueError(f"--crop {config.crop} is not above the coarsest stride, {32 * 2 ** (config.levels - 1)}: "
-                         "BatchNorm would see one value there")
+        raise ValueError(f"--crop {config.crop} is not above the coarsest stride, "
+                         f"{32 * 2 ** (config.levels - 1)}: BatchNorm would see one value there")
     if not (0 <= config.jitter < 1 and 0 <= config.uniform_classes <= 1):
-        raise ValueError(f"expected 0 <= --jitter < 1 and 0 <= --uniform-classes <= 1, found {config.jitter} and "
-                         f"{config.uniform_classes}")
-    if not 0 <= config.drop_path < 1 or not 0 < config.bn_momentum <= 1 or min(config.lr, config.backbone_lr) <= 0:
-        raise ValueError("expected 0 <= --drop-path < 1, 0 < --bn-momentum <= 1, --lr and --backbone-lr above 0")
+        raise ValueError("expected 0 <= --jitter < 1 and 0 <= --uniform-classes <= 1, "
+                         f"found {config.jitter} and {config.uniform_classes}")
+    if (not 0 <= config.drop_path < 1 or not 0 < config.bn_momentum <= 1
+            or min(config.lr, config.backbone_lr) <= 0):
+        raise ValueError("expected 0 <= --drop-path < 1, 0 < --bn-momentum <= 1, --lr and "
+                         "--backbone-lr above 0")
     return config
 
 
@@ -149,11 +172,14 @@ def settle_data(config):
                          f"({', '.join(DEFAULT_MIX)}, ...)")
     train = config.train or tuple(annotated(config.data, "train"))
     if not train:
-        raise ValueError(f"{config.data} holds none of {', '.join(DEFAULT_MIX)}; `python data.py --data {config.data}` "
-                         "shows what was looked for, --train names other sets, --demo trains on generated streets")
-    val = config.val or tuple(n for n in ("acdc", "cityscapes") if n in annotated(config.data, "val"))
+        raise ValueError(f"{config.data} holds none of {', '.join(DEFAULT_MIX)}; `python data.py "
+                         f"--data {config.data}` shows what was looked for, --train names other "
+                         "sets, --demo trains on generated streets")
+    val = config.val or tuple(n for n in ("acdc", "cityscapes")
+                              if n in annotated(config.data, "val"))
     if not val:
-        raise ValueError(f"{config.data} holds neither acdc nor cityscapes to validate on; name a set with --val")
+        raise ValueError(f"{config.data} holds neither acdc nor cityscapes to validate on; "
+                         "name a set with --val")
     return dataclasses.replace(config, train=train, val=val)
 
 
@@ -163,8 +189,9 @@ def settle_data(config):
 def choose_run(config):
     """(folder, state to continue from or None) for this command; reads only.
 
-    An unfinished run with the same settings is continued, a finished one stepped over (runs/demo-2, ...),
-    an unfinished one with other settings refused. A folder with a best.pt and no last.pt is left alone.
+    An unfinished run with the same settings is continued, a finished one stepped over (runs/demo-2,
+    ...), an unfinished one with other settings refused. A folder with a best.pt and no last.pt is
+    left alone.
     """
     if config.resume:
         folder = last_checkpoint(config.resume).parent
@@ -185,11 +212,13 @@ def choose_run(config):
             if state["step"] < state["total"]:
                 refuse_changes(config, state, folder)
                 return folder, state
-            if restarted and not changes(config, state):     # it died after its last step: nothing is left to do
+            # it died after its last step: nothing is left to do
+            if restarted and not changes(config, state):
                 return folder, state
         elif not (folder / "best.pt").is_file():
             return folder, None
-    raise ValueError(f"{base} and its 9998 successors are all taken; clean up, or name another --out")
+    raise ValueError(f"{base} and its 9998 successors are all taken; clean up, or name another "
+                     "--out")
 
 
 def last_checkpoint(path):
@@ -202,25 +231,28 @@ def last_checkpoint(path):
 
 def changes(config, state):
     """Settings that differ between a checkpoint and this command."""
-    return [f"--{name.replace('_', '-')} {shown(state['config'].get(name))} there, {shown(value)} here"
+    return [f"--{name.replace('_', '-')} {shown(state['config'].get(name))} there, "
+            f"{shown(value)} here"
             for name, value in dataclasses.asdict(config).items()
             if name not in FREE and state["config"].get(name) != value]
 
 
 def refuse_changes(config, state, folder):
     if differing := changes(config, state):
-        raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of {state['total']}) with other "
-                         f"settings: {'; '.join(differing)}. Use those, another --out, or remove the folder")
+        raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of "
+                         f"{state['total']}) with other settings: {'; '.join(differing)}. "
+                         "Use those, another --out, or remove the folder")
 
 
 def refuse_other_data(folder, state, digest, world, dtype):
-    """Raise ValueError where the images changed since `state` was saved; say what else a reader must know."""
+    """Raise ValueError where the images changed since `state` was saved;
+    say what else a reader must know."""
     if state["data"] != digest:
-        raise ValueError(f"{folder} was trained on other files: {state['data']} there, {digest} here. Bring the data "
-                         "back, or start anew with --init and another --out")
+        raise ValueError(f"{folder} was trained on other files: {state['data']} there, {digest} "
+                         "here. Bring the data back, or start anew with --init and another --out")
     if (state["world"], state["dtype"]) != (world, dtype):
-        say(f"{folder}: {state['world']} processes in {state['dtype']} before, {world} in {dtype} now: the "
-            "continuation is valid, but not bit for bit that of the old setup")
+        say(f"{folder}: {state['world']} processes in {state['dtype']} before, {world} in {dtype} "
+            "now: the continuation is valid, but not bit for bit that of the old setup")
 
 
 def shown(value):
@@ -231,8 +263,8 @@ def shown(value):
 def hold(folder, rank):
     """Lock a run folder for rank 0, or raise ValueError.
 
-    A POSIX record lock ends with the process and is not inherited, so neither a dead process nor its
-    orphaned loader workers keep it.
+    A POSIX record lock ends with the process and is not inherited, so neither a dead process nor
+    its orphaned loader workers keep it.
     """
     if rank != 0:
         yield
@@ -242,7 +274,8 @@ def hold(folder, rank):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; choose another --out") from None
+            raise ValueError(f"{folder} is in use by another process; "
+                             "choose another --out") from None
         except OSError:                            # file systems without locks
             say(f"{folder} cannot be locked here; see that no second run writes to it")
         for left in folder.glob(".*.tmp"):         # of a process that was killed while it wrote
@@ -251,8 +284,9 @@ def hold(folder, rank):
 
 
 def stop_on_sigterm(rank):
-    """A list that becomes true when SIGTERM arrives (schedulers, torchrun). Rank 0 then saves at its next step
-    boundary, which needs no other process; the others carry on until it is gone, 20 seconds at most."""
+    """A list that becomes true when SIGTERM arrives (schedulers, torchrun). Rank 0 then saves at
+    its next step boundary, which needs no other process; the others carry on until it is gone,
+    20 seconds at most."""
     stopping = []
 
     def handler(signum, frame):
@@ -276,7 +310,8 @@ class Log:
         if state is None:
             lines = [json.dumps(header)]
         else:
-            lines = [*kept_lines(self.path, state["step"]), json.dumps({"restart": state["step"], **header})]
+            lines = [*kept_lines(self.path, state["step"]),
+                     json.dumps({"restart": state["step"], **header})]
         with whole_file(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n")
 
@@ -301,11 +336,13 @@ def kept_lines(path, step):
 def architecture(config, classes):
     """Arguments of swiftnet.build that a checkpoint carries."""
     return {"backbone": config.backbone, "num_classes": len(classes), "levels": config.levels,
-            "width": config.width or None, "drop_path": config.drop_path, "layer_scale": config.layer_scale}
+            "width": config.width or None, "drop_path": config.drop_path,
+            "layer_scale": config.layer_scale}
 
 
 def make_model(config, classes, state):
-    """The network on the CPU: continued, initialised from a checkpoint, ImageNet weights, or random."""
+    """The network on the CPU: continued, initialised from a checkpoint, ImageNet weights,
+    or random."""
     torch.manual_seed(config.seed)
     model = build(**architecture(config, classes))
     for module in model.modules():
@@ -327,19 +364,21 @@ def make_model(config, classes, state):
 
 
 def take_weights(model, path, classes):
-    """Weights of a checkpoint of the same architecture; the head stays new where it knows other classes."""
+    """Weights of a checkpoint of the same architecture;
+    the head stays new where it knows other classes."""
     checkpoint = read_checkpoint(path)
     state = checkpoint["model"]
     if tuple(checkpoint["classes"]) != tuple(classes):
-        say(f"--init {path}: {len(checkpoint['classes'])} classes there ({checkpoint['classes'][0]}, ...), "
-            f"{len(classes)} here ({classes[0]}, ...): new head")
+        say(f"--init {path}: {len(checkpoint['classes'])} classes there "
+            f"({checkpoint['classes'][0]}, ...), {len(classes)} here ({classes[0]}, ...): new head")
         own = model.state_dict()
         state = {**state, **{name: own[name] for name in ("head.2.weight", "head.2.bias")}}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"--init {path} does not fit: {str(error).splitlines()[1].strip()[:200]}; "
-                         "give the --backbone, --levels and --width that it was trained with") from None
+                         "give the --backbone, --levels and --width "
+                         "that it was trained with") from None
 
 
 def make_optimizer(model, config, device):
@@ -353,7 +392,8 @@ def make_optimizer(model, config, device):
 
 
 def learning_rate(step, peak, warmup, total):
-    """Linear to `peak` over `warmup` steps, then a cosine that would reach LR_END at step `total`."""
+    """Linear to `peak` over `warmup` steps, then a cosine that would reach LR_END at
+    step `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
@@ -361,20 +401,22 @@ def learning_rate(step, peak, warmup, total):
 
 
 def wrap(model, config, device, world):
-    """The module whose forward the loop calls: SyncBatchNorm on GPUs, DDP, torch.compile, as asked."""
+    """The module whose forward the loop calls: SyncBatchNorm on GPUs, DDP, torch.compile,
+    as asked."""
     if world > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
     return torch.compile(model) if config.compile else model
 
 
 def equalise_buffers(model):
     """Give every process the running statistics of rank 0.
 
-    After a step they differ, as each process saw other images. Rank 0's are the ones that count: DDP
-    copies them to all at the next training forward.
+    After a step they differ, as each process saw other images. Rank 0's are the ones that count:
+    DDP copies them to all at the next training forward.
     """
     if dist.is_initialized():
         buffers = list(model.buffers())
@@ -394,11 +436,12 @@ class Steps:
     processes. DDP averages gradients; hence the factor `world`.
     """
 
-    def __init__(self, model, network, optimizer, scaler, config, device, dtype, rank, world, total):
+    def __init__(self, model, network, optimizer, scaler, config, device, dtype, rank, world,
+                 total):
         self.model, self.network, self.optimizer, self.scaler = model, network, optimizer, scaler
         self.config, self.device, self.dtype = config, device, dtype
         self.rank, self.world, self.total = rank, world, total
-        self.loss = torch.zeros((), device=device)       # of the last step, this process's share of it
+        self.loss = torch.zeros((), device=device)    # of the last step, this process's share of it
         self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
 
     def __call__(self, step, images, ids):
@@ -410,13 +453,14 @@ class Steps:
             group["lr"] = learning_rate(step, group["peak"], config.warmup, self.total)
         images = images.to(device, non_blocking=True)
         labels = ids.to(device, non_blocking=True)
-        # Started before the forward, awaited before the first loss: valid pixels of the global batch,
-        # and whether any process met a loss that is not finite in the step before.
+        # Started before the forward, awaited before the first loss: valid pixels of the global
+        # batch, and whether any process met a loss that is not finite in the step before.
         shared = torch.stack([(labels != IGNORE).sum(), ~self.loss.isfinite()]).double()
         pending = dist.all_reduce(shared, async_op=True) if self.world > 1 else None
 
         loss_sum = torch.zeros_like(self.loss)
-        parts = list(zip(images.split(config.batch_per_process), labels.split(config.batch_per_process)))
+        parts = list(zip(images.split(config.batch_per_process),
+                         labels.split(config.batch_per_process)))
         for i, (part, part_labels) in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.network.no_sync():
@@ -437,26 +481,32 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
 
     def finite(self):
-        """Whether the last loss, the weights and the running statistics are finite here; a bool tensor."""
-        state = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
-        return torch.stack([self.loss.isfinite(), *(tensor.isfinite().all() for tensor in state)]).all()
+        """Whether the last loss, the weights and the running statistics are finite here;
+        a bool tensor."""
+        state = [tensor for tensor in self.model.state_dict().values()
+                 if tensor.is_floating_point()]
+        return torch.stack([self.loss.isfinite(),
+                            *(tensor.isfinite().all() for tensor in state)]).all()
 
     def mean_loss(self, step):
-        """Loss of the last step over all processes. Raises ValueError on all of them where one loss, or what
-        the step made of the weights, is not finite: so nothing is saved after it."""
+        """Loss of the last step over all processes. Raises ValueError on all of them where one
+        loss, or what the step made of the weights, is not finite: so nothing is saved after it."""
         shared = torch.stack([self.loss, (~self.finite()).float()])
         if self.world > 1:
             dist.all_reduce(shared)
         loss, bad = (shared / self.world).tolist()
         first = int(self.bad_step) if self.bad_step >= 0 else step if bad else -1
         if first >= 0:
-            raise ValueError(f"the loss of step {first}, or what it made of the weights, is not finite; checkpoints "
-                             "before it are intact. Lower --lr, raise --warmup, or try --precision fp32")
+            raise ValueError(f"the loss of step {first}, or what it made of the weights, "
+                             "is not finite; checkpoints before it are intact. Lower --lr, "
+                             "raise --warmup, or try --precision fp32")
         return loss
 
 
-def make_batches(samples, weights, classes, config, steps_per_epoch, first, total, rank, world, device):
-    """Iterator over this process's share of every remaining step: images, ids, errors. Workers start once."""
+def make_batches(samples, weights, classes, config, steps_per_epoch, first, total, rank, world,
+                 device):
+    """Iterator over this process's share of every remaining step: images, ids, errors.
+    Workers start once."""
     counts = None
     if config.uniform_classes:
         if rank == 0:
@@ -464,8 +514,8 @@ def make_batches(samples, weights, classes, config, steps_per_epoch, first, tota
         if world > 1:
             dist.barrier()
         counts = class_counts(samples, len(classes))       # read from the file that rank 0 wrote
-    sampler = StepSampler(weights, config.batch, steps_per_epoch, first, total, config.seed, rank, world,
-                          counts, config.uniform_classes)
+    sampler = StepSampler(weights, config.batch, steps_per_epoch, first, total, config.seed, rank,
+                          world, counts, config.uniform_classes)
     dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter)
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
                                        num_workers=config.workers, worker_init_fn=ignore_sigterm,
@@ -473,7 +523,8 @@ def make_batches(samples, weights, classes, config, steps_per_epoch, first, tota
 
 
 def validate(model, samples, classes, config, rank, world, device):
-    """{condition: dict of Metrics.compute} of the validation samples at their native size, T = 1."""
+    """{condition: dict of Metrics.compute} of the validation samples at their native size,
+    T = 1."""
     equalise_buffers(model)
     model.eval()
     results = evaluate(model, samples, len(classes), device, precision=config.precision,
@@ -481,7 +532,8 @@ def validate(model, samples, classes, config, rank, world, device):
     model.train()
     results = {condition: group[0].compute() for condition, group in results.items()}
     if not results["all"]["pixels"]:
-        raise ValueError(f"--val {shown(config.val)}: not one labelled pixel in {len(samples)} images")
+        raise ValueError(f"--val {shown(config.val)}: not one labelled pixel in {len(samples)} "
+                         "images")
     return results
 
 
@@ -497,9 +549,11 @@ def load_data(config):
     weights = np.concatenate([np.full(len(group), parse_spec(spec)[2])
                               for spec, group in zip(config.train, groups)])
     val_samples = gather(config.data, config.val, "val", True)
-    classes, val_classes = (classes_of(config.data, parse_spec(specs[0])[0]) for specs in (config.train, config.val))
+    classes, val_classes = (classes_of(config.data, parse_spec(specs[0])[0])
+                            for specs in (config.train, config.val))
     if classes != val_classes:
-        raise ValueError(f"--train {shown(config.train)} and --val {shown(config.val)} have different classes")
+        raise ValueError(f"--train {shown(config.train)} and --val {shown(config.val)} "
+                         "have different classes")
     return config, sum(groups, []), weights, val_samples, classes
 
 
@@ -520,50 +574,60 @@ def make_steps(config, classes, state, rank, world, device, total):
 
 
 def save(path, steps, classes, standing):
-    """Write a checkpoint: tensors and plain values only, so that it can be read without running code."""
+    """Write a checkpoint: tensors and plain values only,
+    so that it can be read without running code."""
     config = steps.config
     with whole_file(path) as temporary:
         torch.save({"model": steps.model.state_dict(), "optimizer": steps.optimizer.state_dict(),
                     "scaler": steps.scaler.state_dict(), **standing, "total": steps.total,
                     "world": steps.world, "dtype": str(steps.dtype or torch.float32),
                     "architecture": architecture(config, classes), "classes": tuple(classes),
-                    "config": dataclasses.asdict(config), "torch": str(torch.__version__)}, temporary)
+                    "config": dataclasses.asdict(config), "torch": str(torch.__version__)},
+                   temporary)
 
 
 def train(config, rank, world, device):
-    """Run the training that `config` describes, from its beginning or from where its folder stands."""
+    """Run the training that `config` describes, from its beginning or from where its
+    folder stands."""
     config, samples, weights, val_samples, classes = load_data(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
     digest = data_digest(samples, weights, val_samples)
-    folder, state = choose_run(config)      # every process looks; none writes before all have looked
+    folder, state = choose_run(config)     # every process looks; none writes before all have looked
     if state and state["step"] >= state["total"]:
         return say(f"{folder}: finished before this restart")
     steps = make_steps(config, classes, state, rank, world, device, total)
     dtype = str(steps.dtype or torch.float32)
     if state:
         refuse_other_data(folder, state, digest, world, dtype)
-        state = {key: state[key] for key in ("step", "best", "untrained", "data")}      # lets go of the tensors
+        # lets go of the tensors
+        state = {key: state[key] for key in ("step", "best", "untrained", "data")}
     with hold(folder, rank):
-        log = Log(folder, rank, {"config": dataclasses.asdict(config), "world": world, "device": str(device),
-                                 "versions": versions(), "images": len(samples), "total": total}, state)
+        log = Log(folder, rank,
+                  {"config": dataclasses.asdict(config), "world": world, "device": str(device),
+                   "versions": versions(), "images": len(samples), "total": total},
+                  state)
         standing = state or {"step": 0, "best": -1.0, "data": digest}
-        say(f"{folder}: {'continued at step ' + str(standing['step']) if state else 'new'}; {len(samples)} images of "
-            f"{shown(config.train)}, {steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on {world} x "
-            f"{device.type}, {dtype[6:]}, batch {config.batch}")
-        batches = make_batches(samples, weights, classes, config, steps_per_epoch, standing["step"], total, rank, world, device)
+        say(f"{folder}: {'continued at step ' + str(standing['step']) if state else 'new'}; "
+            f"{len(samples)} images of {shown(config.train)}, {steps_per_epoch} steps per epoch, "
+            f"{total} in all; {config.backbone} on {world} x {device.type}, {dtype[6:]}, "
+            f"batch {config.batch}")
+        batches = make_batches(samples, weights, classes, config, steps_per_epoch, standing["step"],
+                               total, rank, world, device)
         loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes)
 
 
 def data_digest(samples, weights, val_samples):
     """A line that changes with the files that are trained and validated on, and their order."""
-    text = "\n".join([*(s.image for s in samples), *map(str, weights), *(s.image for s in val_samples)])
-    return f"{len(samples)} + {len(val_samples)} images {hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    text = "\n".join([*(s.image for s in samples), *map(str, weights),
+                      *(s.image for s in val_samples)])
+    return (f"{len(samples)} + {len(val_samples)} images "
+            f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}")
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "pillow": PIL.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes):
@@ -575,19 +639,21 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
                   seconds=round(time.monotonic() - began, 2))
 
     def validated():
-        results = validate(steps.model, val_samples, classes, config, rank, steps.world, steps.device)
+        results = validate(steps.model, val_samples, classes, config, rank, steps.world,
+                           steps.device)
         record(miou=scores(results))
         return results
 
     if "untrained" not in standing:
         standing["untrained"] = scores(validated())
-        if rank == 0:                              # from here on there is a checkpoint to continue from
+        if rank == 0:                          # from here on there is a checkpoint to continue from
             save(folder / "last.pt", steps, classes, standing)
     stopping, skipped = stop_on_sigterm(rank), Skipped(config.skip_bad, log)
     progress, note, parent = Progress(steps.total, "step", standing["step"]), "", os.getppid()
     for step, (images, ids, errors) in enumerate(batches, standing["step"]):
         if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ValueError("torchrun is gone; this process stops too. The same command continues the run")
+            raise ValueError("torchrun is gone; this process stops too. The same command continues "
+                             "the run")
         skipped.count(errors, step)
         steps(step, images, ids)
         standing["step"] = done = step + 1
@@ -599,7 +665,8 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
             record(loss=loss, lr=steps.optimizer.param_groups[0]["lr"])
         if epoch_end:
             results = validated()
-            say(f"step {done}: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in scores(results).items()))
+            say(f"step {done}: mIoU "
+                + ", ".join(f"{c} {100 * v:.2f}" for c, v in scores(results).items()))
             if results["all"]["miou"] > standing["best"]:
                 standing["best"] = results["all"]["miou"]
                 if rank == 0:
@@ -607,7 +674,8 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
         if rank == 0 and (saving or stopping and steps.finite()):
             save(folder / "last.pt", steps, classes, standing)
         if rank == 0 and stopping:
-            raise SystemExit(f"{folder}: stopped by SIGTERM after step {done}; the same command continues")
+            raise SystemExit(f"{folder}: stopped by SIGTERM after step {done}; the same command "
+                             "continues")
         progress.update(note=note)
     if rank == 0:
         report(folder, results, standing, count_conditions(val_samples), time.monotonic() - began)
@@ -623,14 +691,16 @@ class Skipped:
         for error in errors:
             self.number += 1
             if self.number > self.most:
-                raise ValueError(f"{error} ({self.number} unreadable files; --skip-bad {self.most})" if self.most else error)
+                raise ValueError(f"{error} ({self.number} unreadable files; --skip-bad {self.most})"
+                                 if self.most else error)
             print(f"skipped, number {self.number} of at most {self.most}: {error}", flush=True)
             self.log.write(step=step, skipped=error)
 
 
 def report(folder, results, standing, counts, seconds):
     """Print the last validation beside the untrained network's."""
-    print(f"\n{folder}: finished in {clock(seconds)}; last validation, percent; best mIoU {100 * standing['best']:.2f}")
+    print(f"\n{folder}: finished in {clock(seconds)}; last validation, percent; best mIoU "
+          f"{100 * standing['best']:.2f}")
     lines = summary_table(results, counts)
     print(lines[0] + f"{'untrained':>11}{'gain':>8}")
     for line, (condition, r) in zip(lines[1:], results.items()):
@@ -645,14 +715,16 @@ def report(folder, results, standing, counts, seconds):
 
 def main():
     recipes = "".join(textwrap.fill(f"  {name}: " + (", ".join(
-        f"{key.replace('_', '-')} {shown(value)}" for key, value in changes.items()) or "the defaults below, the deck's"),
+        f"{key.replace('_', '-')} {shown(value)}" for key, value in changes.items())
+        or "the defaults below, the deck's"),
         110, subsequent_indent="    ") + "\n" for name, changes in RECIPES.items())
     config = settle(parse_flags(Config, f"{__doc__}\nRecipes, by what they change:\n{recipes}"))
     if config.recipe == "demo" and config.data == "demo" and is_first():
         draw_demo(config.data)                 # the others wait in start_processes
     rank, world, device = start_processes()
     if config.batch % world:
-        raise ValueError(f"--batch {config.batch} does not divide by {world} processes; choose a multiple of {world}")
+        raise ValueError(f"--batch {config.batch} does not divide by {world} processes; choose a "
+                         f"multiple of {world}")
     train(config, rank, world, device)
     end_processes()
 
