@@ -1,14 +1,12 @@
 """Train SwiftNet-ConvNeXt.
 
-    torchrun --nproc_per_node=8 train.py                  the deck's recipe on the sets in data/
-    torchrun --nproc_per_node=2 train.py --demo           generated streets, minutes on two CPU
-                                                          cores
-    torchrun --nproc_per_node=2 train.py --recipe camvid  CamVid from scratch
-    python train.py --batch-per-process 1 --checkpoint-blocks  one GPU, the same global batch
+    torchrun --nproc_per_node=8 train.py                    the deck's recipe on the sets in data/
+    torchrun --nproc_per_node=2 train.py --demo             generated streets, minutes on two cores
+    torchrun --nproc_per_node=2 train.py --recipe camvid    CamVid from scratch
+    python train.py --batch-per-process 1 --checkpoint-blocks       one GPU, the same global batch
 
 A run writes runs/<recipe>/{last.pt,best.pt,log.jsonl}. The same command continues an unfinished
-run.
-"the deck": Grcic, "Large-scale semantic segmentation through multi-resolution processing and
+run. "the deck": Grcic, "Large-scale semantic segmentation through multi-resolution processing and
 selective pseudolabeling", Vision for All Seasons, CVPR 2022.
 """
 
