@@ -12,8 +12,7 @@
     python evaluate.py --benchmark                       what the metrics cost beside the network
 
 Several checkpoints are an ensemble: their logits are averaged. Without --checkpoint the newest run
-under runs/ is taken, with the data that it was trained with. Every image goes through the network
-once.
+under runs/ is taken, with the data it was trained with. Every image goes through the network once.
 
 IoU: Everingham et al., IJCV 2010, as Cityscapes uses it. UIoU and AUIoU: Sakaridis et al., ACDC,
 ICCV 2021 and "Map-Guided Curriculum", TPAMI 2020; ECE and temperature scaling: Guo et al.,
@@ -297,8 +296,7 @@ def calibration(pixels, correct, confidence):
 
 
 def budget(metrics):
-    """Where AUIoU is lost: dict of fractions, each as a mean over classes and, after "class_",
-    as (C,).
+    """Where AUIoU is lost: fractions, each as a mean over classes and, after "class_", as (C,).
 
     "oracle": UIoU of a confidence that marks exactly the pixels that are wrong or J = 1; without
     false positives, it is (n - wrong pixels of J = 0) / n with n = #{H = c}.
@@ -327,8 +325,7 @@ def budget(metrics):
 
 def predictions(models, samples, num_classes, device, precision="auto", workers=0, rank=0, world=1,
                 what="evaluated", **prediction):
-    """Yield (index, logits, ids, invalid) of samples[rank::world], one image per forward,
-    none twice.
+    """Yield (index, logits, ids, invalid) of samples[rank::world], one image a forward, each once.
 
     prediction: scales, flip, tile, as in swiftnet.predict.
     Raises ValueError for a file it cannot read.
