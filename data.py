@@ -122,6 +122,7 @@ class Dataset:
 
 
 def acdc_layout(images, labels):
+    """One unpacking of ACDC, by where its images and its labels lie."""
     return Layout(images + "/*/{split}/*/*_rgb_anon.png",
                   labels + "/*/{split}/*/*_gt_labelTrainIds.png",
                   labels + "/*/{split}/*/*_gt_invIds.png",
@@ -129,6 +130,7 @@ def acdc_layout(images, labels):
 
 
 def camvid(table, classes, palette, about):
+    """A row for CamVid in the label space of `table`; its drives are day or dusk."""
     drives = {"0001TP": "dusk", "0006R0": "day", "0016E5": "day"}
     return Dataset("camvid", (Layout("{split}/*.*", "{split}annot/*.png"),), about, unlabelled=(),
                    table=table, classes=classes, palette=palette, role="named",
@@ -139,6 +141,8 @@ CITYSCAPES = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png",
                     "gtFine/{split}/*/*_gtFine_labelIds.png")
 COARSE = Layout("leftImg8bit/{split}/*/*_leftImg8bit.png",
                 "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")
+VISTAS_LAYOUTS = (Layout("{split}/images/*.jpg", "{split}/v1.2/labels/*.png"),
+                  Layout("{split}/images/*.jpg", "{split}/labels/*.png"))
 TRAINING = {"train": "training", "val": "validation", "test": "testing"}
 DATASETS = {
     "cityscapes": Dataset("cityscapes", (CITYSCAPES,), "fine annotations", table=CITYSCAPES_TABLE),
@@ -146,9 +150,11 @@ DATASETS = {
         "cityscapes", (COARSE,), "coarse annotations of train_extra", {"train": "train_extra"}, (),
         CITYSCAPES_TABLE, skip="troisdorf_000000_000073", role="named"),
     "vistas": Dataset(
-        "vistas", (Layout("{split}/images/*.jpg", "{split}/v1.2/labels/*.png"),
-                   Layout("{split}/images/*.jpg", "{split}/labels/*.png")),
-        "Mapillary Vistas v1.2, also inside the v2.0 download", TRAINING, table=VISTAS_TABLE),
+        "vistas", VISTAS_LAYOUTS, "Mapillary Vistas v1.2, also inside the v2.0 download", TRAINING,
+        table=VISTAS_TABLE),
+    "vistas_conservative": Dataset(
+        "vistas", VISTAS_LAYOUTS, "the same in the stricter mapping of the generalisation literature",
+        TRAINING, table=VISTAS_CONSERVATIVE, role="named"),
     "bdd100k": Dataset(
         "bdd100k", (Layout("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
                     Layout("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")),
@@ -497,6 +503,7 @@ def open_label(sample):
 
 
 def check_size(sample, native, other, path):
+    """Raise ValueError unless the file at `path` is as large as its image."""
     if other != native:
         raise ValueError(f"{path} is {other[0]}x{other[1]}, its image {sample.image} "
                          f"{native[0]}x{native[1]}; they do not belong together")
@@ -1524,6 +1531,7 @@ def write_demo(root, seed=0, scale=1.0):
 
 @dataclass(frozen=True)
 class Config:
+    """The flags of data.py."""
     data: str = flag("data", "data root, a folder per set")
     make_demo: bool = flag(False, "draw the demo streets into demo/ first, and list them")
     all_files: bool = flag(False, "open every image and label, instead of three of each split")

@@ -70,6 +70,7 @@ def start_processes():
 
 
 def end_processes():
+    """Leave the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -85,6 +86,7 @@ def half_type(device, precision):
 
 
 def autocast(device, dtype):
+    """torch.autocast to `dtype`; a context that does nothing for None."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -324,11 +326,11 @@ def budget(metrics):
 # --- evaluation ---------------------------------------------------------------------------------
 
 def predictions(models, samples, num_classes, device, precision="auto", workers=0, rank=0, world=1,
-                what="evaluated", **prediction):
+                what="evaluated", skip=None, **prediction):
     """Yield (index, logits, ids, invalid) of samples[rank::world], one image a forward, each once.
 
-    prediction: scales, flip, tile, as in swiftnet.predict.
-    Raises ValueError for a file it cannot read.
+    prediction: scales, flip, tile, as in swiftnet.predict. A file that cannot be read is passed over
+    after skip(message), or ends in ValueError where skip is None.
     """
     share = samples[rank::world]
     loader = torch.utils.data.DataLoader(EvalSet(share, num_classes), batch_size=None,
@@ -338,7 +340,11 @@ def predictions(models, samples, num_classes, device, precision="auto", workers=
     dtype = half_type(device, precision)
     for i, image, *target in loader:
         if isinstance(image, str):
-            raise ValueError(image)
+            if skip is None:
+                raise ValueError(image)
+            skip(image)
+            progress.update()
+            continue
         with autocast(device, dtype):
             logits = predict(models, image, **prediction)
         if not logits.sum().isfinite():
@@ -547,6 +553,7 @@ def summary_table(results, counts, title="condition"):
 
 
 def iou_cell(r, i):
+    """IoU of class i in percent."""
     return percent(r["iou"][i].item(), 9)
 
 
@@ -626,6 +633,7 @@ COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 15
 
 
 def write(draw, at, text, size=40, anchor="lm"):
+    """Draw dark text; anchor as Pillow has it, "lm" being left, middle."""
     draw.text(at, text, INK, ImageFont.load_default(size=size), anchor=anchor)
 
 
@@ -994,6 +1002,7 @@ def temperature(word):
 
 @dataclass(frozen=True)
 class Config:
+    """The flags of evaluate.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py; several are averaged "
                              "(default: newest run)")
     data: str = flag("", "data root (default: the one the checkpoint was trained with)")
@@ -1036,6 +1045,7 @@ class Config:
 
 
 def check_flags(config):
+    """Raise ValueError for flags out of range, or that exclude each other."""
     numbers = [t for t in config.temperature if not isinstance(t, str)]
     if min((*numbers, *config.scales)) <= 0:
         raise ValueError("--temperature and --scales must be above 0")

