@@ -153,7 +153,7 @@ DATASETS = {
         "vistas", VISTAS_LAYOUTS, "Mapillary Vistas v1.2, also inside the v2.0 download", TRAINING,
         table=VISTAS_TABLE),
     "vistas_conservative": Dataset(
-        "vistas", VISTAS_LAYOUTS, "the same in the stricter mapping of the generalisation literature",
+        "vistas", VISTAS_LAYOUTS, "the same, mapped as in domain generalisation: stricter",
         TRAINING, table=VISTAS_CONSERVATIVE, role="named"),
     "bdd100k": Dataset(
         "bdd100k", (Layout("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),

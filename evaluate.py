@@ -329,8 +329,8 @@ def predictions(models, samples, num_classes, device, precision="auto", workers=
                 what="evaluated", skip=None, **prediction):
     """Yield (index, logits, ids, invalid) of samples[rank::world], one image a forward, each once.
 
-    prediction: scales, flip, tile, as in swiftnet.predict. A file that cannot be read is passed over
-    after skip(message), or ends in ValueError where skip is None.
+    prediction: scales, flip, tile, as in swiftnet.predict. A file that cannot be read is passed
+    over after skip(message), or ends in ValueError where skip is None.
     """
     share = samples[rank::world]
     loader = torch.utils.data.DataLoader(EvalSet(share, num_classes), batch_size=None,

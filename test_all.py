@@ -1947,7 +1947,7 @@ class PseudolabelTest(Temporary):
             self.assertRegex(result.stderr, words)
 
     def test_damaged_weights_write_nothing(self):
-        """Logits that are not finite must not become labels, not even ones that ignore everything."""
+        """Logits that are not finite must not become labels, not even all-ignored ones."""
         arguments = self.pool(2)
         state = torch.load(self.folder / "model.pt", weights_only=True)
         state["model"]["head.2.bias"].fill_(math.nan)
