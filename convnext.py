@@ -17,6 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+try:                                       # comes inside the CUDA build of torch
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 SIZES = {  # name -> (blocks per stage, channels per stage)
     "convnext_atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "convnext_femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
@@ -56,6 +62,22 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Depthwise(nn.Conv2d):
+    """Depthwise 7x7 convolution. Compiled for a GPU in half precision it is the kernel at the end
+    of this file: the same sums, twice as fast as the stock one (README, "Speed")."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, 7, padding=3, groups=dim)
+
+    def forward(self, x):
+        if triton is not None and x.is_cuda and torch.compiler.is_compiling():
+            half = (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda")
+                    else x.dtype)
+            if half in (torch.float16, torch.bfloat16):
+                return depthwise(x.to(half), self.weight.to(half), self.bias.to(half))
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """Depthwise 7x7, LayerNorm, inverted bottleneck, layer scale;
     the residual is dropped per sample.
@@ -66,7 +88,7 @@ class Block(nn.Module):
 
     def __init__(self, dim, drop_path=0.0, layer_scale=1e-6):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.dwconv = Depthwise(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
@@ -343,3 +365,72 @@ def read_safetensors(path):
             torch.empty(0, dtype=dtype)
         tensors[name] = flat.reshape(shape)
     return tensors
+
+
+# --- depthwise kernel -----------------------------------------------------------------------------
+
+if triton is not None:
+    # A program's tile: rows, columns, channels; and its warps. Few threads with many pixels each,
+    # since every pixel that a thread holds uses the 49 taps again.
+    TILE, WARPS = (4, 16, 32), 1
+
+    @triton.jit
+    def depthwise_kernel(x, taps, bias, y, height, width, channels, FLIP: tl.constexpr,
+                         ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+        """y = x * taps (7x7, zero padding) + bias, per channel. x and y (B, H, W, C),
+        taps (49, C), sums in float32. FLIP turns the taps by 180 degrees: the gradient of x."""
+        channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+        known = channel < channels
+        across = tl.cdiv(width, COLUMNS)
+        top = tl.program_id(1) // across * ROWS
+        column = tl.program_id(1) % across * COLUMNS + tl.arange(0, COLUMNS)
+        image = tl.program_id(2).to(tl.int64) * height * width * channels
+        row = tl.arange(0, ROWS)
+        total = tl.zeros((ROWS, COLUMNS, CHANNELS), tl.float32)
+        for i in range(ROWS + 6):                # an input row is read once for all rows it adds to
+            source = top + i - 3
+            dy = i - row
+            for dx in tl.static_range(7):
+                beside = column + dx - 3
+                inside = (source >= 0) & (source < height) & (beside >= 0) & (beside < width)
+                value = tl.load(x + image + (source * width + beside)[:, None] * channels
+                                + channel[None, :], inside[:, None] & known[None, :], 0.0)
+                tap = 48 - (dy * 7 + dx) if FLIP else dy * 7 + dx
+                weight = tl.load(taps + tap[:, None] * channels + channel[None, :],
+                                 ((dy >= 0) & (dy < 7))[:, None] & known[None, :], 0.0)
+                total += value.to(tl.float32)[None, :, :] * weight.to(tl.float32)[:, None, :]
+        if not FLIP:
+            total += tl.load(bias + channel, known, 0.0).to(tl.float32)[None, None, :]
+        inside = ((top + row) < height)[:, None] & (column < width)[None, :]
+        where = ((top + row)[:, None] * width + column[None, :])[:, :, None] * channels
+        tl.store(y + image + where + channel[None, None, :], total.to(y.dtype.element_ty),
+                 inside[:, :, None] & known[None, None, :])
+
+    # A custom operator, so that torch.compile places the kernel in its graph.
+    @torch.library.triton_op("swiftnet::depthwise", mutates_args=())
+    def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+                  flip: bool = False) -> torch.Tensor:
+        """Depthwise 7x7 of (B, C, H, W) x in half precision; the result is channels-last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x.shape
+        y = torch.empty_like(x)
+        rows, columns, depth = TILE
+        grid = (triton.cdiv(channels, depth),
+                triton.cdiv(height, rows) * triton.cdiv(width, columns), batch)
+        taps = weight.reshape(channels, 49).t().contiguous()
+        torch.library.wrap_triton(depthwise_kernel)[grid](
+            x, taps, bias, y, height, width, channels, flip, *TILE, num_warps=WARPS)
+        return y
+
+    def save_inputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+
+    def depthwise_backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        # cuDNN's gradient of the weight is the faster one in channels-last memory.
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.contiguous(memory_format=torch.channels_last), x, weight, None, (1, 1), (3, 3),
+            (1, 1), False, (0, 0), len(bias), (False, True, False))
+        return depthwise(grad, weight, bias, True), grad_weight, grad.sum((0, 2, 3)), None
+
+    depthwise.register_autograd(depthwise_backward, setup_context=save_inputs)

@@ -15,7 +15,6 @@ IGNORE = 255
 BINS = (4, 16, 64, 128)          # upper bounds of the distance bins, pixels
 ALPHAS = (8, 6, 4, 2, 1)         # weight in each bin; the last one from BINS[-1] on
 GAMMA = 0.5
-FAR = 2 ** 30                    # "no other label", as a squared distance in int32
 
 
 def boundary_distance(labels):
@@ -24,10 +23,11 @@ def boundary_distance(labels):
     labels: (B, H, W) integers; every value counts as a label, the ignored one too; the image edge
     does not. Returns (B, H, W) float32 in pixels, inf where the image holds one label only.
     """
-    squared = squared_boundary_distance(labels, max(labels.shape[1:]))
+    reach = sum(labels.shape[1:])                  # beyond every distance
+    squared = squared_boundary_distance(labels, reach)
     # int32 is exact to 2^31 and float64 to 2^53, where float32 would round squares above 2^24.
     distance = squared.double().sqrt().float()
-    return distance.masked_fill(squared == FAR, torch.inf)
+    return distance.masked_fill(squared == reach * reach, torch.inf)
 
 
 def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
@@ -47,44 +47,55 @@ def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
 
 
 def squared_boundary_distance(labels, reach):
-    """Squared distance to the nearest other label, right wherever it is below reach^2.
+    """Squared distance to the nearest other label; reach^2 where it is that or more.
 
-    labels: (B, H, W) integers. Returns (B, H, W) int32; FAR, or any value >= reach^2, beyond.
+    labels: (B, H, W) integers. Returns (B, H, W) int16 where reach^2 fits, else int32.
 
-    Along a row, the nearest other label of a pixel lies just outside its run of equal labels. In a
-    row at vertical offset dy, the nearest pixel that differs from label a in column x is
-    (y + dy, x) itself where that pixel differs from a, and else the end of that pixel's run, which
-    has label a too. So the squared distance is the minimum over dy of dy^2 + (0 or the run distance
-    of that row squared), for all labels at once.
+    Two passes, as in Felzenszwalb and Huttenlocher (Theory of Computing 2012): along a row the
+    nearest other label is known from the label changes; over the rows at offset dy the answer is
+    the least dy^2 + that row's squared distance. It counts the distance inside row y + dy to what
+    differs from *its* pixel, not ours. But where these two pixels differ, the column itself has
+    another label at dy or nearer, so the squared distance along the column, with which the
+    minimum begins, is not above dy^2, and the candidate cannot win wrongly.
     """
-    height, width = labels.shape[1:]
-    row = squared_run_distance(labels)
-    best = row.clone()
-    for dy in range(1, min(height, reach)):
-        # No row further off can help. Not asked on a GPU,
-        # which would have to finish its work to answer.
-        if not labels.is_cuda and dy % 8 == 0 and dy * dy >= best.max():
+    height = labels.shape[1]
+    row, column = (squared_run_distance(labels, axis, reach) for axis in (2, 1))
+    best = torch.minimum(row, column)
+    rows = min(height, reach)
+    row = F.pad(row, (0, 0, rows, rows), value=reach * reach)
+    if labels.is_cuda and reach <= 128:        # many rows at once: few launches, no wait for an end
+        for first in range(1 - rows, rows, 64):
+            size = min(64, rows - first)
+            offset = torch.arange(first, first + size, dtype=row.dtype, device=row.device)
+            window = row.narrow(1, rows + first, height + size - 1).unfold(1, size, 1)
+            best = torch.minimum(best, (window + offset * offset).amin(-1))
+        return best
+    for dy in range(1, rows):
+        if dy % 8 == 1 and dy * dy >= best.max():                   # no row further off can help
             break
-        same = labels[:, dy:] == labels[:, :-dy]
-        for here, there in ((slice(None, -dy), slice(dy, None)),
-                            (slice(dy, None), slice(None, -dy))):
-            candidate = row[:, there] * same + dy * dy
-            torch.minimum(best[:, here], candidate, out=best[:, here])
-    return best.clamp_(max=FAR)
+        nearest = torch.minimum(row[:, rows - dy:rows - dy + height],
+                                row[:, rows + dy:rows + dy + height])
+        best = torch.minimum(best, nearest + dy * dy)
+    return best
 
 
-def squared_run_distance(labels):
-    """Squared distance along the row to the nearest other label: (B, H, W) integers -> int32."""
-    width = labels.shape[2]
-    column = torch.arange(width, dtype=torch.int32, device=labels.device).expand(labels.shape)
-    change = labels[:, :, 1:] != labels[:, :, :-1]
-    # Last column left of here with another label, first column right of here with another label.
-    left = F.pad(torch.where(change, column[:, :, :-1], -FAR), (1, 0), value=-FAR)
-    left = left.cummax(2).values
-    right = F.pad(torch.where(change, column[:, :, 1:], FAR), (0, 1), value=FAR)
-    right = right.flip(2).cummin(2).values.flip(2)
-    distance = torch.minimum(column - left, right - column)
-    return torch.where(distance < width, distance * distance, FAR)
+def squared_run_distance(labels, axis, reach):
+    """Squared distance along `axis` (1 or 2) to the nearest other label, at most reach^2."""
+    # Twice the square must fit: a squared distance is added to one at most as large.
+    kind = torch.int16 if 2 * reach * reach <= 2 ** 15 else torch.int32
+    size = labels.shape[axis]
+    place = torch.arange(size, dtype=torch.int32, device=labels.device)
+    place = place.view(-1, *(1,) * (2 - axis)).expand(labels.shape)
+    change = labels.narrow(axis, 1, size - 1) != labels.narrow(axis, 0, size - 1)
+    edge = place.narrow(axis, 0, 1)
+    # Last place before here with another label, first place after here with another label.
+    before = torch.cat([edge - reach, place.narrow(axis, 0, size - 1).where(change, -reach)], axis)
+    after = torch.cat([place.narrow(axis, 1, size - 1).where(change, size + reach),
+                       edge + size + reach], axis)
+    before = before.cummax(axis).values
+    after = after.flip(axis).cummin(axis).values.flip(axis)
+    distance = torch.minimum(place - before, after - place).clamp(max=reach).to(kind)
+    return distance * distance
 
 
 def boundary_aware_focal_loss(logits, labels, weights, gamma=GAMMA, normalizer=None):
