@@ -1099,8 +1099,9 @@ def ladder_table(folder):
     """Lines of a ladder's table: mean and standard deviation of the mIoU over seeds, in percent.
 
     folder: holds SEED/ROW, each a run of train.py; rows are named NUMBER-NAME and come in the order
-    of their numbers. Reads log.jsonl alone. The deviation is that of a sample (n - 1). Raises ValueError unless every seed
-    has the same finished rows, trained for as many steps and measured on the same images.
+    of their numbers. Reads log.jsonl alone. The deviation is that of a sample (n - 1). Raises
+    ValueError unless every seed has the same finished rows, trained for as many steps and measured
+    on the same sets.
     """
     seeds = sorted(path for path in Path(folder).glob("*") if path.is_dir())
     names = {seed: sorted(path.name for path in seed.glob("*") if path.is_dir()) for seed in seeds}
@@ -1132,10 +1133,9 @@ def ladder_table(folder):
             cells = [f"{cell} ± {spread:.2f}"
                      for cell, spread in zip(cells, scores.std(0, ddof=1))]
         minutes = np.mean([runs[row, seed][2] for seed in seeds]) / 60
-        lines.append(f"| {row.partition('-')[2] or row} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-    return [*lines, f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seed.name for seed in seeds)}), "
-            f"{first['total']} steps a run; "
-            f"{'mean ± standard deviation over seeds' if len(seeds) > 1 else 'no spread'}"]
+        lines.append(f"| {row.partition('-')[2] or row} | {' | '.join(cells)} | {minutes:.1f} |")
+    return [*lines, f"{len(seeds)} seeds ({', '.join(seed.name for seed in seeds)}), "
+            f"{first['total']} steps a run; mean ± standard deviation over seeds"]
 
 
 def newest_checkpoint(runs="runs"):
