@@ -2,6 +2,7 @@
 
     python data.py --data data          lists what was found, checks it, exit status 2 where wrong
     python data.py --make-demo          draws the demo streets into demo/
+    python data.py --make-demo demo-2 --seed 2      other streets, into another data root
 
 A data root holds a folder per set, unpacked as its authors ship it; nothing is renamed or
 rewritten.
@@ -170,6 +171,13 @@ DATASETS = {
     "camvid": camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE,
                      "SegNet copy, 11 classes of its own"),
     "camvid_19": camvid(CAMVID_TO_19, CLASSES, PALETTE, "the same, mapped to the 19 classes"),
+    # The frames at dusk among CamVid's training images, twice: as a pool, whose labels are never
+    # read, and as a set to validate on. Their conditions are the two halves, every second frame.
+    "camvid_dusk": dataclasses.replace(
+        camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE,
+               "the drive at dusk in CamVid's train: a pool, and a set to validate on"),
+        splits={"train": "train", "val": "train"}, unlabelled=("train",), skip="/00(06R0|16E5)_",
+        condition=lambda stars: ("even", "odd")[int(stars[0].split("_")[1]) // 30 % 2]),
     "ade20k": Dataset(
         "ADEChallengeData2016", (Layout("images/{split}/*.jpg", "annotations/{split}/*.png"),),
         "ADE20K, 150 classes", {"train": "training", "val": "validation"}, (), ADE20K_TABLE,
@@ -225,13 +233,16 @@ def parse_spec(spec):
     """"name:a,b*2" -> ("name", ("a", "b"), 2.0): a set, the parts of it to keep,
     its weight in the mix.
 
-    A name may also be a folder of pseudolabels (one with a manifest.csv).
+    A name may also be a folder of pseudolabels (one with a manifest.csv), taken whole.
     """
     name, star, weight = spec.rpartition("*") if "*" in spec else (spec, "", "1")
     name, _, only = name.partition(":")
     if name not in DATASETS and not (Path(name) / MANIFEST).is_file():
-        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}, and folders "
-                         f"with {MANIFEST}")
+        raise ValueError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}, and folders of "
+                         f"pseudolabels, which hold a {MANIFEST}")
+    if name not in DATASETS and only:
+        raise ValueError(f"{spec!r}: a folder of pseudolabels is taken whole; `python "
+                         f"pseudolabel.py --out {name} --select N` chooses from it")
     try:
         weight = float(weight)
     except ValueError:
@@ -280,10 +291,10 @@ def scan(root, name, split):
 def find_samples(root, name, split, only=(), labelled=None, strict=True):
     """Samples of one split, sorted by path; [] where nothing of the set is there.
 
-    only: keep images with a folder, or a beginning of the file name up to "_", among these
-    (Cityscapes: cities; ACDC: conditions or sequences; CamVid: drives). labelled: True demands a
-    label for every image, False takes none, None reads them where the split has them. strict=False
-    lets images without label pass. Raises ValueError.
+    only: keep images with a condition, a folder, or a beginning of the file name up to "_", among
+    these (Cityscapes: cities; ACDC: conditions or sequences; CamVid: drives). labelled: True asks
+    a label for every image, False takes none, None reads them where the split has them.
+    strict=False lets images without label pass. Raises ValueError.
     """
     if name not in DATASETS:
         return pseudo_samples(root, name) if split == "train" else []
@@ -301,7 +312,7 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
     samples = []
     for stars, image in parts["image"].items():
         if re.search(row.skip, image) or Path(image).stem in leaks or \
-                only and not any(belongs(word, stars, image) for word in only):
+                only and not any(belongs(word, row, stars, image) for word in only):
             continue
         label = parts["label"].get(stars) if has_labels else None
         samples.append(Sample(image, label, parts["invalid"].get(stars) if label else None,
@@ -314,21 +325,23 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
                          f"label, first {missing[0]}; expected "
                          f"{Path(root) / row.folder / layout.labels}")
     unmatched = [word for word in only
-                 if not any(belongs(word, stars, image) for stars, image in parts["image"].items())]
+                 if not any(belongs(word, row, stars, image)
+                            for stars, image in parts["image"].items())]
     if unmatched:
         raise ValueError(f"{name} {split} has nothing of {', '.join(unmatched)}; `python data.py "
                          f"--data {root}` lists what there is")
     return samples[::row.stride]
 
 
-def belongs(word, stars, image):
-    """Whether an image is of the part `word` of its set: a folder,
+def belongs(word, row, stars, image):
+    """Whether an image is of the part `word` of its set: a folder, a condition,
     or the name's beginning up to "_"."""
-    return word in stars or Path(image).name.startswith(word + "_")
+    return (word in stars or Path(image).name.startswith(word + "_")
+            or word == row.condition(stars))
 
 
-# of a folder of pseudolabels: a row per label, first columns image, label
-MANIFEST = "manifest.csv"
+# Of a folder of pseudolabels: a row per label, first columns image, label; how they were made.
+MANIFEST, SETTINGS = "manifest.csv", "settings.json"
 
 
 def pseudo_samples(root, folder):
@@ -351,6 +364,23 @@ def pseudo_samples(root, folder):
                 samples.append(Sample(str(Path(root) / names[0]), str(Path(folder) / names[1]),
                                       None, None, str(folder), "pseudo"))
     return samples
+
+
+def pseudo_classes(folder):
+    """Class names that settings.json of a folder of pseudolabels states. Raises
+    FileNotFoundError or ValueError."""
+    path = Path(folder) / SETTINGS
+    try:
+        classes = json.loads(path.read_text())["classes"]
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"classes: {classes!r}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: it says which classes the labels have; "
+                                "pseudolabel.py writes it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not say which classes the labels have ({error!r}); "
+                         "make the folder anew with pseudolabel.py") from None
+    return tuple(classes)
 
 
 def gather(root, specs, split, labelled=None):
@@ -384,8 +414,11 @@ def gather_groups(root, specs, split, labelled=None):
 
 
 def classes_of(root, name):
-    """Class names of a set. For custom sets: the lines of classes.txt."""
-    row = DATASETS.get(name, DATASETS["cityscapes"])       # pseudolabels are of the 19 classes
+    """Class names of a set. For custom sets: the lines of classes.txt; for a folder of
+    pseudolabels: those of the network that made them."""
+    if name not in DATASETS:
+        return pseudo_classes(name)
+    row = DATASETS[name]
     if row.classes is not None:
         return row.classes
     path = Path(root) / row.folder / "classes.txt"
@@ -908,18 +941,24 @@ def clock(seconds):
 # read from the polygon it shows, so they cannot disagree; the weather comes after, from the depth.
 
 def draw_demo(root="demo", seed=0, scale=1.0):
-    """Draw the demo streets into folder `root`, whole or not at all, unless they are there."""
-    root = Path(root)
+    """Draw the demo streets into folder `root`, whole or not at all, unless they are there.
+    Raises ValueError where other ones are."""
+    root, about = Path(root), json.dumps({"seed": seed, "scale": scale}) + "\n"
     if root.exists():
+        if (root / DRAWN).is_file() and (root / DRAWN).read_text() != about:
+            raise ValueError(f"{root} holds streets drawn with {(root / DRAWN).read_text().strip()}"
+                             f", asked for are {about.strip()}; name another folder")
         return
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
         write_demo(temporary, seed, scale)
+        (temporary / DRAWN).write_text(about)
         os.replace(temporary, root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+DRAWN = "drawn.json"      # of a root of demo streets: the seed and the scale
 LABELS = (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY,
           PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = (
               7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -1488,6 +1527,10 @@ def write_sample(root, seed, dataset, split, condition, k):
     image, labels, depth = draw_street(rng, 320, 160 if city else 180, bonnet=city)
     name = "clear" if condition == "day" else condition
     picture, invalid = weather(rng, image, labels, depth, name)
+    if dataset == "stf":                      # one date per condition: stf:2018-02-01 is fog
+        save(picture, "cam_stereo_left_lut",
+             f"2018-02-{CONDITIONS.index(condition) + 1:02d}_12-00-00_{k:05d}.png")
+        return
     if city:
         town = {"train": ("ahausen", "bedorf"), "val": ("cestadt", "dorfingen")}[split][k % 2]
         stem = f"{town}_{k // 2:06d}_000019"
@@ -1512,12 +1555,13 @@ def write_sample(root, seed, dataset, split, condition, k):
 
 
 def write_demo(root, seed=0, scale=1.0):
-    """Draw cityscapes/, acdc/ and dark_zurich/ below `root`, on all cores;
+    """Draw cityscapes/, acdc/ and the pools dark_zurich/ and stf/ below `root`, on all cores;
     scale multiplies the counts."""
     jobs = [("cityscapes", "train", "clear", 200), ("cityscapes", "val", "clear", 24)]
     jobs += [("acdc", split, condition, count) for condition in CONDITIONS
              for split, count in (("train", 40), ("val", 16), ("test", 4))]
     jobs += [("dark_zurich", "train", light, 40) for light in ("day", "twilight", "night")]
+    jobs += [("stf", "train", condition, 75) for condition in CONDITIONS]
     jobs = [(Path(root), seed, *words, k)
             for *words, count in jobs + [("dark_zurich", "val", "night", 8)]
             for k in range(max(2, round(count * scale)))]
@@ -1533,7 +1577,9 @@ def write_demo(root, seed=0, scale=1.0):
 class Config:
     """The flags of data.py."""
     data: str = flag("data", "data root, a folder per set")
-    make_demo: bool = flag(False, "draw the demo streets into demo/ first, and list them")
+    make_demo: str = flag("", "draw the demo streets into this folder first (no name: demo), "
+                          "and list them", nargs="?", const="demo", metavar="DIR")
+    seed: int = flag(0, "seed of --make-demo")
     all_files: bool = flag(False, "open every image and label, instead of three of each split")
     show: int = flag(0, "write contact sheets of this many samples of each split, as read and as "
                      "augmented")
@@ -1609,8 +1655,9 @@ def shared_images(root, name):
             if not Path(image).exists():                   # dangling links are named by check_split
                 continue
             alike = by_size.setdefault(os.path.getsize(image), [])
-            same = (split == "val"
-                    and next((other for other in alike if filecmp.cmp(other, image, False)), None))
+            same = split == "val" and next(         # a row that names a file twice means to
+                (other for other in alike
+                 if other != image and filecmp.cmp(other, image, False)), None)
             if same:
                 problems.append(f"{name}: {same} and {image} are the same file, "
                                 "in train and in val")
@@ -1754,9 +1801,11 @@ def main():
     config = Config(**parse_flags(Config, __doc__))
     if config.benchmark:
         return benchmark()
-    root = "demo" if config.make_demo else config.data
+    root = config.make_demo or config.data
+    if not 0 <= config.seed < 2 ** 32:
+        raise ValueError(f"--seed must lie in 0..{2 ** 32 - 1}, found {config.seed}")
     if config.make_demo:
-        draw_demo(root)
+        draw_demo(root, config.seed)
     if not Path(root).is_dir():
         raise FileNotFoundError(f"--data {root}: no such folder; expected a folder per set in it")
     problems = check(root, config.all_files, config.workers)

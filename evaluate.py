@@ -1040,6 +1040,8 @@ class Config:
     score: str = flag("", "score the PNGs below this folder, named like the images of --val "
                       "(default: none)", metavar="DIR")
     label_ids: bool = flag(False, "the PNGs of --score are Cityscapes labelIds, not train ids")
+    ladder: str = flag("", "print the table of a ladder: the folder that holds its runs, "
+                       "SEED/ROW", metavar="DIR")
     benchmark: bool = flag(False, "time the metrics beside the forward of ConvNeXt-T on this "
                            "device")
 
@@ -1053,7 +1055,8 @@ def check_flags(config):
         raise ValueError("--workers must not be negative, --thresholds at least 2")
     if config.tile < 0 or config.tile % 512:
         raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
-    modes = [name for name in ("images", "submit", "score", "benchmark") if getattr(config, name)]
+    modes = [name for name in ("images", "submit", "score", "ladder", "benchmark")
+             if getattr(config, name)]
     asked = [name for name in ("json", "plots", "panels") if getattr(config, name)]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
@@ -1067,6 +1070,72 @@ def check_flags(config):
                          "needs it")
     if config.score and not config.val:
         raise ValueError("--score needs the set that the PNGs belong to: --val NAME")
+
+
+# What must be alike in the runs of a ladder, beside the number of steps.
+LADDER_SETTINGS = ("recipe", "data", "val", "backbone", "init", "batch", "crop", "lr")
+
+
+def finished_run(folder):
+    """(header of log.jsonl, last record of a validation, seconds of all its parts) of a finished
+    run. Raises ValueError."""
+    try:
+        records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text()
+                   .splitlines()]
+        header, last, seconds, part = records[0], records[-1], 0.0, 0.0
+        for record in records:
+            if "config" in record:               # the first line, and one for each restart
+                seconds, part = seconds + part, 0.0
+            part = record.get("seconds", part)
+        if "miou" not in last or last["step"] != header["total"]:
+            raise ValueError(f"its log ends at step {last.get('step', 0)} of {header['total']}")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is no finished run: {error}; start `bash .ladder` again to "
+                         "continue") from None
+    return header, last, seconds + part
+
+
+def ladder_table(folder):
+    """Lines of a ladder's table: mean and standard deviation of the mIoU over seeds, in percent.
+
+    folder: holds SEED/ROW, each a run of train.py; rows are named NUMBER-NAME and come in the order
+    of their numbers. Reads log.jsonl alone. The deviation is that of a sample (n - 1). Raises
+    ValueError unless every seed has the same finished rows, trained for as many steps and measured
+    on the same sets.
+    """
+    seeds = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+    names = {seed: sorted(path.name for path in seed.glob("*") if path.is_dir()) for seed in seeds}
+    rows = names[seeds[0]] if seeds else []
+    if not rows:
+        raise ValueError(f"--ladder {folder}: no runs SEED/ROW in it; `bash .ladder` makes them")
+    if odd := [seed for seed in seeds if names[seed] != rows]:
+        raise ValueError(f"{odd[0]} has the rows {' '.join(names[odd[0]]) or '(none)'}, {seeds[0]} "
+                         f"{' '.join(rows)}; start `bash .ladder` again to continue")
+    runs = {(row, seed): finished_run(seed / row) for row in rows for seed in seeds}
+    first, _, _ = runs[rows[0], seeds[0]]
+    for (row, seed), (header, _, _) in runs.items():
+        for name, here, there in (("steps", header["total"], first["total"]),
+                                  *((name, header["config"].get(name), first["config"].get(name))
+                                    for name in LADDER_SETTINGS)):
+            if here != there:
+                raise ValueError(f"{seed / row} and {seeds[0] / rows[0]} cannot stand in one "
+                                 f"table: {name} {here} and {there}")
+    found = runs[rows[0], seeds[0]][1]["miou"]
+    order = ("all", "clear", "snow", "fog", "rain", "night")          # the deck's
+    columns = sorted(found, key=lambda c: (order.index(c) if c in order else len(order), c))
+    lines = ["| mIoU, % | " + " | ".join(columns) + " | minutes a run |",
+             "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        scores = 100 * np.array([[runs[row, seed][1]["miou"][c] for c in columns]
+                                 for seed in seeds])                  # (seeds, columns)
+        cells = [f"{mean:.2f}" for mean in scores.mean(0)]
+        if len(seeds) > 1:
+            cells = [f"{cell} ± {spread:.2f}"
+                     for cell, spread in zip(cells, scores.std(0, ddof=1))]
+        minutes = np.mean([runs[row, seed][2] for seed in seeds]) / 60
+        lines.append(f"| {row.partition('-')[2] or row} | {' | '.join(cells)} | {minutes:.1f} |")
+    return [*lines, f"{len(seeds)} seeds ({', '.join(seed.name for seed in seeds)}), "
+            f"{first['total']} steps a run; mean ± standard deviation over seeds"]
 
 
 def newest_checkpoint(runs="runs"):
@@ -1093,6 +1162,9 @@ def load_ensemble(paths, device):
 def main():
     config = Config(**parse_flags(Config, __doc__))
     check_flags(config)
+    if config.ladder:
+        print("\n".join(ladder_table(config.ladder)))
+        return
     paths = () if config.score or config.benchmark else config.checkpoint or (newest_checkpoint(),)
     rank, world, device = start_processes()
     if config.benchmark:

@@ -4,18 +4,24 @@
         --pools dark_zurich cadc nightowls nightcity stf bdd100k_100k \\
         --checkpoint runs/driving/best.pt --out pseudo/v1 --select 60000
     python pseudolabel.py --out pseudo/v1 --select 30000 --rule easiest      choose anew, in seconds
-    torchrun --nproc_per_node=8 train.py --train cityscapes acdc pseudo/v1   train on them
+    torchrun --nproc_per_node=8 train.py --pseudo pseudo/v1                  train on them too
 
-Writes below --out: a PNG of train ids per image (255 where the confidence is below the threshold)
-in a tree that mirrors the pool, manifest.csv with a row per label, and settings.json. The same
+Writes below --out: a PNG of ids per image in the classes of the checkpoint (255 where the
+confidence is below the threshold) in a tree that mirrors the pool, manifest.csv with a row per
+label, and settings.json. The same
 command continues an interrupted run; other settings in the same folder are refused. The deck,
 part II.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
+import sys
+import time
+import typing
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +32,8 @@ import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data import (DATASETS, IGNORE, MANIFEST, Sample, find_samples, flag, is_first, parse_flags,
-                  parse_spec, run_main, say, whole_file)
+from data import (DATASETS, IGNORE, MANIFEST, SETTINGS, Sample, classes_of, clock, find_samples,
+                  flag, is_first, parse_flags, parse_spec, run_main, say, whole_file)
 from evaluate import (confidence, end_processes, load_ensemble, predictions, split_logits,
                       start_processes)
 
@@ -89,6 +95,16 @@ def pool_samples(root, pools):
     return list({sample.image: sample for sample in samples}.values())
 
 
+def check_classes(config, classes):
+    """Raise ValueError where a pool is a set with other classes than the checkpoint's."""
+    for pool in config.pools:
+        name = pool.partition(":")[0]
+        if name in DATASETS and (there := classes_of(config.data, name)) != tuple(classes):
+            raise ValueError(f"--pools {pool}: {len(there)} classes ({there[0]}, ...), but "
+                             f"{config.checkpoint[0]} knows {len(classes)} ({classes[0]}, ...); "
+                             "name another checkpoint, or the pool as a folder of images")
+
+
 def label_path(out, root, image):
     """Where the label of a pool image lies: the image's path below the data root, as .png."""
     return Path(out) / Path(os.path.relpath(image, root)).with_suffix(".png")
@@ -135,18 +151,33 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     return torch.where(histogram.sum(1) > 0, lowered, thresholds.to(device)).cpu()
 
 
+@contextlib.contextmanager
+def written(path):
+    """data.whole_file, with an OSError that says what to do: the disk is full, or the folder
+    cannot be written."""
+    try:
+        with whole_file(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; the same command goes "
+                      "on once it can, or name another --out") from None
+
+
 def write_label(path, ids, statistics):
-    """Write train ids (H, W) uint8 with the row of the manifest inside, whole or not at all."""
-    info = PngInfo()
+    """Write train ids (H, W) uint8 with the row of the manifest inside, whole or not at all.
+    Returns (seconds, bytes)."""
+    began, info = time.perf_counter(), PngInfo()
     info.add_text(STATISTICS, json.dumps(statistics))
-    with whole_file(path) as temporary:
+    with written(path) as temporary:
         Image.fromarray(ids).save(temporary, "PNG", pnginfo=info, compress_level=3)
+    return time.perf_counter() - began, os.path.getsize(path)
 
 
 def label_pool(models, samples, thresholds, config, classes, device):
-    """Predict and write the labels of this process's samples.
+    """Predict and write the labels of this process's samples, and say how fast that was.
     Returns the images that could not be read."""
     thresholds, bad, pending = thresholds.to(device), [], []
+    began, done, cost = time.perf_counter(), 0, np.zeros(2)
 
     def skip(message):
         print(f"skipped: {message}", flush=True)
@@ -164,10 +195,15 @@ def label_pool(models, samples, thresholds, config, classes, device):
             values = ids.masked_fill(~kept, IGNORE).to(torch.uint8).cpu().numpy()
             pending.append(pool.submit(
                 write_label, label_path(config.out, config.data, sample.image), values, statistics))
+            done += 1
             if len(pending) > 4 * WRITERS:               # bounds memory, and lets a full disk speak
-                pending.pop(0).result()
+                cost += pending.pop(0).result()
         for job in pending:
-            job.result()
+            cost += job.result()
+    if done:
+        whole, (seconds, size) = time.perf_counter() - began, cost / done
+        say(f"{done} labels in {clock(whole)}, {done / whole:.2f} images/s on rank 0; a PNG takes "
+            f"{1e3 * seconds:.1f} ms of a thread beside, {size / 1e3:.1f} kB")
     return bad
 
 
@@ -182,81 +218,107 @@ def read_statistics(path):
         return None
 
 
-def write_manifest(out, root, samples, classes):
-    """Write manifest.csv from the labels on disk, rows sorted by image. Returns its rows."""
-    rows = []
+class Rows(typing.NamedTuple):
+    """The columns of manifest.csv, as arrays: a quarter of a million rows take some 150 MB."""
+    classes: tuple          # names, (C,)
+    image: list             # paths below the data root, sorted
+    label: list             # paths below the folder
+    pool: list
+    kept: np.ndarray        # (N,) share of pixels with a label
+    confidence: np.ndarray  # (N,) mean over the pixels
+    pixels: np.ndarray      # (N, C) int64 of each class
+    selected: np.ndarray    # (N,) bool
+
+
+FIXED = ("image", "label", "pool", "kept", "confidence", "selected")
+
+
+def gather_rows(out, root, samples, classes):
+    """The Rows of the labels on disk, all of them selected."""
+    found = []
     for sample in sorted(samples):
         label = label_path(out, root, sample.image)
-        if (statistics := read_statistics(label)) is not None:
-            rows.append({"image": os.path.relpath(sample.image, root),
-                         "label": str(label.relative_to(out)),
-                         "pool": statistics["pool"], "kept": statistics["kept"],
-                         "confidence": statistics["confidence"],
-                         "selected": 1, **dict(zip(classes, statistics["pixels"]))})
-    save_rows(out, rows)
-    return rows
+        if (row := read_statistics(label)) is not None:
+            found.append((os.path.relpath(sample.image, root), str(label.relative_to(out)),
+                          row["pool"], row["kept"], row["confidence"], row["pixels"]))
+    image, label, pool, kept, confidence, pixels = zip(*found) if found else [()] * 6
+    return Rows(tuple(classes), list(image), list(label), list(pool), np.array(kept, float),
+                np.array(confidence, float), np.array(pixels, np.int64).reshape(-1, len(classes)),
+                np.ones(len(found), bool))
 
 
 def save_rows(out, rows):
     """Write the manifest of a folder, whole or not at all."""
-    with whole_file(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys() if rows else ("image", "label"))
-        writer.writeheader()
-        writer.writerows(rows)
+    with written(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow((*FIXED, *rows.classes))
+        for i, (image, label, pool) in enumerate(zip(rows.image, rows.label, rows.pool)):
+            writer.writerow((image, label, pool, rows.kept[i].item(), rows.confidence[i].item(),
+                             int(rows.selected[i]), *rows.pixels[i].tolist()))
 
 
 def load_rows(out):
-    """Rows of a folder's manifest, all values strings. Raises FileNotFoundError or ValueError."""
+    """Rows of a folder's manifest. Raises FileNotFoundError or ValueError."""
     path = Path(out) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give --checkpoint and --pools to make it")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if (not rows
-            or not {"image", "label", "pool", "kept", "confidence", "selected"} <= rows[0].keys()):
-        raise ValueError(f"{path} holds no rows of this script; remove the folder and make it anew")
-    return rows
+    names, numbers, pixels = [], array("d"), array("q")
+    try:
+        with open(path, newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            if tuple(header[:len(FIXED)]) != FIXED:
+                raise ValueError(f"columns {', '.join(header[:len(FIXED)])}")
+            for image, label, pool, *rest in reader:
+                if len(rest) != len(header) - 3:
+                    raise ValueError(f"line {reader.line_num} has {len(rest) + 3} columns")
+                names.append((image, label, sys.intern(pool)))
+                numbers.extend(map(float, rest[:3]))
+                pixels.extend(map(int, rest[3:]))
+        if not names:
+            raise ValueError("no rows")
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{path} is no manifest of this script ({error}); remove the folder and "
+                         "make it anew") from None
+    numbers = np.array(numbers).reshape(-1, 3)
+    return Rows(tuple(header[len(FIXED):]), *map(list, zip(*names)), numbers[:, 0], numbers[:, 1],
+                np.array(pixels).reshape(len(names), -1), numbers[:, 2] == 1)
 
 
 def select(rows, budget, rule, min_kept):
-    """Set "selected" in the rows of a manifest: `budget` images, shared over the pools in
-    proportion to what is eligible, by score within a pool. Returns how many were chosen of
-    each pool.
+    """Set rows.selected: `budget` images, shared over the pools in proportion to what is eligible,
+    by score within a pool. Returns how many were chosen of each pool.
 
     rare: an image scores 1 / (images that carry the class) for every class it carries, so the last
     place goes to the image whose classes are hardest to find elsewhere. Images that are merely easy
     (road and sky, all kept) teach what the network knows; the deck wants recognition of what is
     rare. easiest: the kept share. Ties fall to the image's name.
     """
-    fixed = ("image", "label", "pool", "kept", "confidence", "selected")
-    classes = [name for name in rows[0] if name not in fixed]
-    carries = np.array([[float(row[name]) > 0 for name in classes] for row in rows],
-                       bool).reshape(len(rows), -1)
-    kept = np.array([float(row["kept"]) for row in rows])
-    score = kept if rule == "easiest" else (carries / np.maximum(carries.sum(0), 1)).sum(1)
-    eligible = kept >= min_kept
-    pools = sorted({row["pool"] for row in rows})
-    members = {pool: [i for i, row in enumerate(rows) if row["pool"] == pool and eligible[i]]
-               for pool in pools}
-    total = sum(map(len, members.values()))
-    exact = {pool: min(budget, total) * len(m) / max(total, 1) for pool, m in members.items()}
-    quota = {pool: int(share) for pool, share in exact.items()}
-    for pool in sorted(pools, key=lambda p: quota[p] - exact[p])[
-            :min(budget, total) - sum(quota.values())]:
-        quota[pool] += 1                                    # largest remainders
-    chosen = {i for pool, m in members.items()
-              for i in sorted(m, key=lambda i: (-score[i], rows[i]["image"]))[:quota[pool]]}
-    for i, row in enumerate(rows):
-        row["selected"] = int(i in chosen)
-    return quota
+    carries = rows.pixels > 0
+    score = (rows.kept if rule == "easiest"
+             else (carries / np.maximum(carries.sum(0), 1)).sum(1))
+    pools, pool = np.unique(rows.pool, return_inverse=True)
+    rank = np.argsort(-score, kind="stable")              # best first; the manifest is by name
+    members = [rank[(pool[rank] == p) & (rows.kept[rank] >= min_kept)] for p in range(len(pools))]
+    total = sum(map(len, members))
+    budget = min(budget, total)
+    exact = [budget * len(m) / max(total, 1) for m in members]
+    quota = [int(share) for share in exact]
+    for p in sorted(range(len(pools)), key=lambda p: quota[p] - exact[p])[:budget - sum(quota)]:
+        quota[p] += 1                                         # largest remainders
+    rows.selected[:] = False
+    for count, best in zip(quota, members):
+        rows.selected[best[:count]] = True
+    return dict(zip(pools.tolist(), quota))
 
 
 # --- the script ---------------------------------------------------------------------------------
 
-def settings_of(config, thresholds, count):
+def settings_of(config, thresholds, count, classes):
     """What decides the labels in a folder, for settings.json."""
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.checkpoint]
-    return {"checkpoints": digests, "pools": list(config.pools), "images": count,
+    return {"classes": list(classes), "checkpoints": digests, "pools": list(config.pools),
+            "images": count,
             "threshold": config.threshold, "class_share": config.class_share,
             "class_thresholds": [round(t, 6) for t in thresholds.tolist()],
             "temperature": config.temperature,
@@ -266,7 +328,7 @@ def settings_of(config, thresholds, count):
 
 def refuse_changes(out, settings):
     """Raise ValueError where the folder holds labels that were made with other settings."""
-    path = Path(out) / "settings.json"
+    path = Path(out) / SETTINGS
     if not path.exists():
         return
     try:
@@ -288,6 +350,8 @@ def check(config):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], "
                              f"found {getattr(config, name)}")
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out} is a file; expected a folder")
     if (not config.temperature > 0 or not all(scale > 0 for scale in config.scales)
             or config.select < 0):
         raise ValueError("--temperature and --scales must be above 0, --select not negative")
@@ -300,30 +364,30 @@ def check(config):
 
 
 def make_labels(config):
-    """Write the labels, settings and manifest of --out.
-    Returns the rows of the manifest on rank 0."""
+    """Write the labels and settings of --out. Returns the Rows of the manifest on rank 0."""
     rank, world, device = start_processes()
     models, state = load_ensemble(config.checkpoint, device)
+    classes = state["classes"]
+    check_classes(config, classes)
     samples = pool_samples(config.data, config.pools)
-    classes = len(state["classes"])
-    refuse_changes(config.out,
-                   settings_of(config, torch.full((classes,), config.threshold), len(samples)))
-    thresholds = class_thresholds(models, samples, config, classes, device, rank, world)
+    refuse_changes(config.out, settings_of(
+        config, torch.full((len(classes),), config.threshold), len(samples), classes))
+    thresholds = class_thresholds(models, samples, config, len(classes), device, rank, world)
     if rank == 0:
-        with whole_file(Path(config.out) / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings_of(config, thresholds, len(samples)), indent=1)
-                                 + "\n")
+        with written(Path(config.out) / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(
+                settings_of(config, thresholds, len(samples), classes), indent=1) + "\n")
     if world > 1:
         dist.barrier()                       # labels only in a folder that says how they were made
     left = [s for s in samples[rank::world]
             if read_statistics(label_path(config.out, config.data, s.image)) is None]
     say(f"{config.out}: {len(samples)} images of {' '.join(config.pools)}, {len(left)} to label on "
         f"rank 0 of {world}")
-    bad = torch.tensor(len(label_pool(models, left, thresholds, config, classes, device)),
+    bad = torch.tensor(len(label_pool(models, left, thresholds, config, len(classes), device)),
                        device=device)
     if world > 1:
         dist.all_reduce(bad)
-    rows = write_manifest(config.out, config.data, samples, state["classes"]) if rank == 0 else None
+    rows = gather_rows(config.out, config.data, samples, classes) if rank == 0 else None
     say(f"{len(samples) - int(bad)} labels written, {int(bad)} images skipped as unreadable")
     end_processes()
     return rows
@@ -335,13 +399,14 @@ def main():
     rows = make_labels(config) if config.checkpoint else load_rows(config.out)
     if not is_first():
         return
-    kept = np.array([float(row["kept"]) for row in rows])
-    if not len(rows):
+    if not rows.image:
         raise ValueError(f"{config.out}: no image could be labelled")
-    print(f"{config.out}: {len(rows)} labels, {100 * kept.mean():.1f} % of the pixels kept")
     if config.select:
         quota = select(rows, config.select, config.rule, config.min_kept)
-        save_rows(config.out, rows)
+    save_rows(config.out, rows)
+    print(f"{config.out}: {len(rows.image)} labels, {100 * rows.kept.mean():.1f} % of the pixels "
+          "kept")
+    if config.select:
         print(f"selected {sum(quota.values())} by rule {config.rule}: "
               + ", ".join(f"{pool} {count}" for pool, count in quota.items()))
 

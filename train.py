@@ -32,8 +32,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained
-from data import (DATASETS, IGNORE, Progress, StepSampler, TrainSet, annotated, class_counts,
-                  classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
+from data import (DATASETS, IGNORE, MANIFEST, Progress, StepSampler, TrainSet, annotated,
+                  class_counts, classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
                   ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say, whole_file)
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type,
                       start_processes, summary_table)
@@ -55,8 +55,9 @@ class Config:
                       "drawn into demo/")
     data: str = flag("data", "data root, a folder per set")
     train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; "
-                        "a name may be a folder of pseudolabels (default: the annotated sets "
-                        "found)")
+                        "(default: the annotated sets found)")
+    pseudo: tuple = flag((), "folders of pseudolabel.py to train on as well, FOLDER or "
+                         "FOLDER*WEIGHT")
     val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
     resume: str = flag("", "run folder to continue, with the settings stored there")
@@ -128,7 +129,8 @@ def settle(given):
             raise ValueError(f"{path} was written by another version: it has settings "
                              f"{', '.join(sorted(unknown))}")
     else:
-        if (not given.get("demo") and not {"recipe", "data", "train", "val"} & given.keys()
+        if (not given.get("demo")
+                and not {"recipe", "data", "train", "val", "pseudo"} & given.keys()
                 and not Path("data").is_dir()):
             say("no --data given and no folder data/ here: training on the generated demo streets")
             given = {**given, "demo": True}
@@ -546,9 +548,15 @@ def scores(results):
 def load_data(config):
     """(config with its sets, training samples, their weights, validation samples, class names)."""
     config = settle_data(config)
-    groups = gather_groups(config.data, config.train, "train", True)
+    for name, specs in (("train", config.train), ("pseudo", config.pseudo)):
+        for spec in specs:
+            if (parse_spec(spec)[0] in DATASETS) != (name == "train"):
+                raise ValueError(f"--{name} {spec}: --train takes sets ({', '.join(DEFAULT_MIX)}, "
+                                 "...), --pseudo folders of pseudolabel.py")
+    specs = config.train + config.pseudo
+    groups = gather_groups(config.data, specs, "train", True)
     weights = np.concatenate([np.full(len(group), parse_spec(spec)[2])
-                              for spec, group in zip(config.train, groups)])
+                              for spec, group in zip(specs, groups)])
     val_samples = gather(config.data, config.val, "val", True)
     classes, val_classes = (classes_of(config.data, parse_spec(specs[0])[0])
                             for specs in (config.train, config.val))
@@ -593,7 +601,7 @@ def train(config, rank, world, device):
     config, samples, weights, val_samples, classes = load_data(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
-    digest = data_digest(samples, weights, val_samples)
+    digest = data_digest(samples, weights, val_samples, config.pseudo)
     folder, state = choose_run(config)     # every process looks; none writes before all have looked
     if state and state["step"] >= state["total"]:
         return say(f"{folder}: finished before this restart")
@@ -610,18 +618,20 @@ def train(config, rank, world, device):
                   state)
         standing = state or {"step": 0, "best": -1.0, "data": digest}
         say(f"{folder}: {'continued at step ' + str(standing['step']) if state else 'new'}; "
-            f"{len(samples)} images of {shown(config.train)}, {steps_per_epoch} steps per epoch, "
-            f"{total} in all; {config.backbone} on {world} x {device.type}, {dtype[6:]}, "
-            f"batch {config.batch}")
+            f"{len(samples)} images of {shown(config.train + config.pseudo)}, "
+            f"{steps_per_epoch} steps per epoch, {total} in all; {config.backbone} on "
+            f"{world} x {device.type}, {dtype[6:]}, batch {config.batch}")
         batches = make_batches(samples, weights, classes, config, steps_per_epoch, standing["step"],
                                total, rank, world, device)
         loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, classes)
 
 
-def data_digest(samples, weights, val_samples):
-    """A line that changes with the files that are trained and validated on, and their order."""
+def data_digest(samples, weights, val_samples, pseudo):
+    """A line that changes with the files that are trained and validated on, their order, and what
+    the folders of pseudolabels hold."""
     text = "\n".join([*(s.image for s in samples), *map(str, weights),
-                      *(s.image for s in val_samples)])
+                      *(s.image for s in val_samples),
+                      *((Path(parse_spec(spec)[0]) / MANIFEST).read_text() for spec in pseudo)])
     return (f"{len(samples)} + {len(val_samples)} images "
             f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}")
 
