@@ -1997,6 +1997,8 @@ class PseudolabelTest(Temporary):
         (self.folder / "one/manifest.csv").unlink()
         (self.folder / "one" / rows.label[2]).unlink()
         (self.folder / "one" / rows.label[4]).write_bytes(b"cut short")
+        cut = self.folder / "one" / rows.label[0]
+        cut.write_bytes(cut.read_bytes()[:-20])
         self.assertEqual(self.run_script(*arguments, "--out", "one").returncode, 0)
         self.assertEqual(self.files("one"), before)
         # They are a training set.
@@ -2948,8 +2950,8 @@ class LadderTest(Temporary):
         for path in (*HERE.glob("*.py"), HERE / ".ladder"):
             shutil.copy(path, self.folder)
         data.draw_demo(self.folder / "streets", seed=1, scale=0.01)
-        environ = {**environment(), "RUN": sys.executable, "STEPS": "2", "THRESHOLD": "0.05",
-                   "FLAGS": "--batch 2 --crop 160 --width 16"}
+        environ = {**environment(), "RUN": sys.executable, "STEPS": "2", "WEIGHT": "2",
+                   "LABELS": "--threshold 0.05", "FLAGS": "--batch 2 --crop 160 --width 16"}
 
         def start():
             result = subprocess.run(["bash", ".ladder", "demo", "streets", "3"], env=environ,
@@ -2961,8 +2963,8 @@ class LadderTest(Temporary):
                                    for what in ("new", "finished")])
         runs, pseudo = (self.folder / f"{name}/ladder-streets/3" for name in ("runs", "pseudo"))
         states = {row: torch.load(runs / row / "last.pt", weights_only=True) for row in rows}
-        for row, labels in zip(rows, ((), (), ("pseudo/ladder-streets/3/v1",),
-                                      ("pseudo/ladder-streets/3/v2",))):
+        for row, labels in zip(rows, ((), (), ("pseudo/ladder-streets/3/v1*2",),
+                                      ("pseudo/ladder-streets/3/v2*2",))):
             config = states[row]["config"]
             self.assertEqual((config["pseudo"], config["seed"], config["init"]), (labels, 3, ""))
         for version, teacher in (("v1", "2-annotations"), ("v2", "3-v1")):
