@@ -429,6 +429,61 @@ def brute_distance(labels):
     return out
 
 
+class SpeedTest(unittest.TestCase):
+    """Speed options leave the results as they are."""
+
+    def grads(self, model, network, images):
+        model.zero_grad()
+        logits = network(images)
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.model = tiny_model().train()
+        self.images = torch.randint(0, 256, (2, 3, 160, 192), dtype=torch.uint8)
+        self.plain = self.grads(self.model, self.model, self.images)
+
+    def test_recomputed_blocks_are_equal(self):
+        self.model.backbone.checkpoint_blocks = True
+        again = self.grads(self.model, self.model, self.images)
+        self.assertTrue(all(map(torch.equal, self.plain, again)))
+
+    def test_whole_network_is_one_graph_and_equal(self):
+        # the graph as torch.compile sees it, without the compiler behind it; a graph break raises
+        network = torch.compile(self.model, backend="aot_eager", fullgraph=True)
+        for a, b in zip(self.plain, self.grads(self.model, network, self.images)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    def test_memory_layout_is_no_matter(self):
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.data = module.weight.data.clone(
+                    memory_format=torch.contiguous_format)
+        for a, b in zip(self.plain, self.grads(self.model, self.model, self.images)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+    def test_resize_of_compiled_networks(self):
+        x = torch.randn(2, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+        y, expected = (f(x) for f in (lambda x: swiftnet.compiled_resize(x, 12, 28),
+                                      lambda x: swiftnet.resize(x, (12, 28))))
+        grad = torch.randn_like(y)
+        for a, b in ((y, expected), *((torch.autograd.grad(t, x, grad)[0] for t in (y, expected)),)):
+            self.assertTrue(torch.equal(a, b))
+        torch.library.opcheck(swiftnet.compiled_resize, (x, 12, 28), test_utils=(
+            "test_schema", "test_autograd_registration", "test_faketensor",
+            "test_aot_dispatch_static"))
+
+    def test_benchmark_prints_a_table(self):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            train.benchmark(train.settle({"benchmark": True, "backbone": "convnext_atto",
+                                          "levels": 1, "crop": 64, "batch_per_process": 1}),
+                            0, 1, torch.device("cpu"))
+        self.assertRegex(output.getvalue(), r"ceiling: [\d.]+ TFLOP/s.*\n.*forward.* of the ceiling")
+        self.assertRegex(output.getvalue(), r"training step, 1 x 64 x 64: .*images/s")
+
+
 class LossTest(unittest.TestCase):
     def maps(self):
         random = np.random.default_rng(0)
@@ -3060,6 +3115,37 @@ class GpuTest(Temporary):
                 with evaluate.autocast(device, dtype):
                     half = model(images).float()
                 self.assertLess((half - reference).abs().max() / reference.abs().max(), tolerance)
+
+    def test_depthwise_kernel_equals_float64(self):
+        for shape in ((2, 40, 33, 17), (1, 96, 8, 130)):
+            for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 6e-3)):
+                layer = convnext.Depthwise(shape[1]).cuda()
+                x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+                grad = torch.randn(shape, device="cuda").to(dtype)
+                weight, bias = (p.detach().to(dtype).requires_grad_() for p in layer.parameters())
+                y = convnext.depthwise(x, weight, bias)
+                got = [y, *torch.autograd.grad(y, (x, weight, bias), grad)]
+                exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+                y = torch.nn.functional.conv2d(*exact, padding=3, groups=shape[1])
+                expected = [y, *torch.autograd.grad(y, exact, grad.double())]
+                for a, b in zip(got, expected):
+                    self.assertLess((a.double() - b).norm() / b.norm(), tolerance)
+                torch.library.opcheck(
+                    torch.ops.swiftnet.depthwise.default, (x, weight, bias),
+                    test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+
+    def test_compiled_equals_eager(self):
+        model = tiny_model().cuda().train()
+        images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8, device="cuda")
+        runs = []
+        for network in (model, torch.compile(model, fullgraph=True)):
+            model.zero_grad()
+            with evaluate.autocast(torch.device("cuda"), torch.float16):
+                logits = network(images)
+            logits.float().square().mean().backward()
+            runs.append([logits.detach().float(), *(p.grad.clone() for p in model.parameters())])
+        for eager, compiled in zip(*runs):
+            self.assertLess((eager - compiled).norm() / eager.norm().clamp(min=1e-6), 0.05)
 
     def test_distances_and_metrics_equal_the_cpu(self):
         labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)

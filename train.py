@@ -38,7 +38,7 @@ from data import (DATASETS, IGNORE, MANIFEST, Progress, StepSampler, TrainSet, a
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type,
                       start_processes, summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
-from swiftnet import build, read_checkpoint
+from swiftnet import build, count_macs, read_checkpoint
 
 LR_END = 1e-7                 # lineage: the cosine ends here
 ADAM_BETAS = (0.9, 0.99)      # lineage
@@ -96,6 +96,8 @@ class Config:
     log_every: int = flag(20, "steps between lines of the log")
     workers: int = flag(8, "loader processes per process")
     seed: int = flag(0, "seed of weights, sampling and augmentation")
+    benchmark: bool = flag(False, "time the network on this machine, beside its matrix products; "
+                           "--backbone, --crop, --batch-per-process, --precision count")
 
 
 # What differs from the defaults above, which are the deck's.
@@ -116,7 +118,7 @@ RECIPES = {
 # Flags that may differ between a run and its continuation: they do not change what is learned.
 # batch_per_process is not among them: BatchNorm's statistics are those of one forward.
 FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "save_every", "log_every",
-        "workers", "skip_bad")
+        "workers", "skip_bad", "benchmark")
 
 
 def settle(given):
@@ -444,6 +446,9 @@ class Steps:
         self.model, self.network, self.optimizer, self.scaler = model, network, optimizer, scaler
         self.config, self.device, self.dtype = config, device, dtype
         self.rank, self.world, self.total = rank, world, total
+        self.weigh, self.criterion = boundary_weights, boundary_aware_focal_loss
+        if config.compile and device.type == "cuda":
+            self.weigh, self.criterion = map(torch.compile, (self.weigh, self.criterion))
         self.loss = torch.zeros((), device=device)    # of the last step, this process's share of it
         self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
 
@@ -467,14 +472,14 @@ class Steps:
         for i, (part, part_labels) in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.network.no_sync():
+                weights = self.weigh(part_labels)
                 with autocast(device, self.dtype):
                     logits = self.network(part)
-                weights = boundary_weights(part_labels)
                 if pending is not None:
                     pending.wait()
                     pending = None
-                loss = boundary_aware_focal_loss(logits, part_labels.long(), weights,
-                                                 normalizer=shared[0]) * self.world
+                loss = self.criterion(logits, part_labels.long(), weights,
+                                      normalizer=shared[0]) * self.world
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         self.bad_step = torch.where((shared[1] > 0) & (self.bad_step < 0), step - 1, self.bad_step)
@@ -725,6 +730,172 @@ def report(folder, results, standing, counts, seconds):
     print("next: python evaluate.py --temperature 0.67")
 
 
+# --- benchmark ----------------------------------------------------------------------------------
+
+def milliseconds(pieces, device, rounds):
+    """{name: times of `rounds` rounds} of {name: function}. The functions take turns, so that a
+    change in the machine's speed meets all of them; short ones run several times in a row."""
+    def took(function, times):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(times):
+                function()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / times
+        start = time.perf_counter()
+        for _ in range(times):
+            function()
+        return 1000 * (time.perf_counter() - start) / times
+    for function in pieces.values():                                  # compiles, allocates, tunes
+        function()
+    repeats = {name: max(1, int(10 / took(function, 1))) for name, function in pieces.items()}
+    times = {name: [] for name in pieces}
+    for _ in range(rounds):
+        for name, function in pieces.items():
+            times[name].append(took(function, repeats[name]))
+    return times
+
+
+def products(model, height, width, batch, dtype, device):
+    """{name: (function, multiply-accumulates)} of matrix products: squares, and the first pointwise
+    layer of each stage at its number of pixels."""
+    shapes = [(size,) * 3 for size in ((2048, 4096, 8192) if device.type == "cuda"
+                                       else (512, 1024, 2048))]
+    shapes += [(batch * height * width // 4 ** (i + 2), dim, 4 * dim)
+               for i, dim in enumerate(model.backbone.dims)]
+
+    def product(m, k, n):
+        a, b = (torch.randn(size, dtype=dtype, device=device) for size in ((m, k), (n, k)))
+        return lambda: a @ b.T
+    return {f"{m} x {k} x {n}": (product(m, k, n), m * k * n) for m, k, n in shapes}
+
+
+def kinds_of_blocks(model, height, width, batch, device, dtype, training):
+    """{kind: [(function, how often)]}: depthwise layers, pointwise layers and whole blocks of the
+    backbone, at the shapes of a pyramid of batch images. A function runs one of them, forward or
+    forward and backward."""
+    kinds = {"depthwise": [], "pointwise": [], "blocks": []}
+    for level in range(model.levels):
+        for i, dim in enumerate(model.backbone.dims):
+            size = (height // 2 ** (i + 2 + level), width // 2 ** (i + 2 + level))
+            block, count = model.backbone.stages[i][0], model.backbone.depths[i]
+            x = torch.randn(batch, dim, *size, device=device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            pieces = {"depthwise": (block.dwconv, x), "blocks": (block, x), "pointwise":
+                      (lambda y, b=block: b.pwconv2(b.pwconv1(y)), x.permute(0, 2, 3, 1))}
+            for kind, (module, given) in pieces.items():
+                kinds[kind].append((runner(module, given, device, dtype, training), count))
+    return kinds
+
+
+def runner(module, given, device, dtype, training):
+    """A function that runs `module` on `given`: forward, and backward if `training`."""
+    if not training:
+        def run():
+            with torch.inference_mode(), autocast(device, dtype):
+                return module(given)
+        return run
+    # in the type that autocast feeds these layers, so that no cast is counted with them
+    given = given.to(dtype or torch.float32).requires_grad_()
+
+    def run():
+        with autocast(device, dtype):
+            y = module(given)
+        y.backward(y.detach())
+    return run
+
+
+def benchmark(config, rank, world, device):
+    """Print speed, memory and share of the matrix-product ceiling of one network on this machine,
+    forward of one image of crop x (2 crop) and training step of batch_per_process crops, and where
+    their time goes. Weights are random. Everything is timed in turns within one run, medians."""
+    config = dataclasses.replace(config, batch=config.batch_per_process * world, pretrained="none")
+    batch, crop = config.batch_per_process, config.crop
+    steps = make_steps(config, range(19), None, rank, world, device, 1000)
+    model, dtype = steps.model, steps.dtype
+    peaks = {}
+
+    def step():
+        steps(0, images, labels)
+
+    def forward():
+        model.eval()
+        with torch.inference_mode(), autocast(device, dtype):
+            steps.network(picture) if config.compile else model(picture)
+        model.train()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 19, (batch, crop // 64 + 1, crop // 64 + 1), dtype=torch.uint8,
+                           generator=generator)       # a street has areas, not noise
+    labels = labels.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
+    picture = torch.randint(0, 256, (1, 3, crop, 2 * crop), dtype=torch.uint8, device=device,
+                            generator=torch.Generator(device).manual_seed(0))
+    for name, function in (("forward", forward), ("step", step)):
+        for _ in range(2):
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated() / 2 ** 30
+                torch.cuda.reset_peak_memory_stats()
+    ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
+    tables = {}
+    for training, whole in ((False, forward), (True, step)):
+        height, width, number = (crop, crop, batch) if training else (crop, 2 * crop, 1)
+        # compiled, the layers are no separate pieces
+        kinds = ({} if config.compile else
+                 kinds_of_blocks(model, height, width, number, device, dtype, training))
+        pieces = {"whole": whole, **{name: function for name, (function, _) in ceiling.items()}}
+        pieces |= {(kind, i): run for kind, runs in kinds.items() for i, (run, _) in enumerate(runs)}
+        if training:
+            ids = labels.to(device)
+            weights = steps.weigh(ids)
+            logits = torch.randn(batch, 19, crop, crop, device=device, dtype=dtype or torch.float32)
+            logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
+            pieces["boundary weights"] = lambda: steps.weigh(ids)
+            pieces["loss"] = lambda: steps.criterion(logits, ids.long(), weights).backward()
+            pieces["input"] = lambda: (images.to(device).float() - model.mean) / model.std
+        took = milliseconds(pieces, device, 15 if device.type == "cuda" else 5)
+        median = {name: float(np.median(times)) for name, times in took.items()}
+        for kind, runs in kinds.items():
+            median[kind] = sum(median[kind, i] * count for i, (_, count) in enumerate(runs))
+        tables[training] = took["whole"], median
+    if rank != 0:
+        return
+    rates = {name: 2e-9 * macs / min(median[name] for _, median in tables.values())
+             for name, (_, macs) in ceiling.items()}
+    best = max(rates, key=rates.get)
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads")
+    print(f"{name} x {world}, torch {torch.__version__}, {str(dtype or torch.float32)[6:]}, "
+          f"{config.backbone}{', compiled' * config.compile}"
+          f"{', blocks recomputed' * config.checkpoint_blocks}\n"
+          f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
+          + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
+    for training, (whole, median) in tables.items():
+        number, factor = (batch, 6) if training else (1, 2)
+        macs = count_macs(build(config.backbone, 19, config.width or None, config.levels),
+                          crop, crop if training else 2 * crop)
+        total = median["whole"]
+        low, high = np.percentile(whole, [10, 90])
+        parts = {n: median[n] for n in ("depthwise", "pointwise", "loss", "boundary weights",
+                                        "input") if n in median}
+        if not config.compile:
+            parts["norm, elementwise"] = (median["blocks"] - median["depthwise"]
+                                          - median["pointwise"])
+        parts["the rest"] = total - sum(parts.values())
+        print(f"{'training step' if training else 'forward'}, {number} x {crop} x "
+              f"{crop if training else 2 * crop}: {total:.1f} ms (10-90 %: {low:.1f}-{high:.1f}), "
+              f"{1000 * number * world / total:.2f} images/s, "
+              f"{1e-9 * factor * macs * number / total / rates[best]:.1%} of the ceiling"
+              + (f", peak memory {peaks['step' if training else 'forward']:.1f} GiB"
+                 if peaks else "")
+              + "\n  " + ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items()),
+              flush=True)
+
+
 def main():
     recipes = "".join(textwrap.fill(f"  {name}: " + (", ".join(
         f"{key.replace('_', '-')} {shown(value)}" for key, value in changes.items())
@@ -734,6 +905,9 @@ def main():
     if config.recipe == "demo" and config.data == "demo" and is_first():
         draw_demo(config.data)                 # the others wait in start_processes
     rank, world, device = start_processes()
+    if config.benchmark:
+        benchmark(config, rank, world, device)
+        return end_processes()
     if config.batch % world:
         raise ValueError(f"--batch {config.batch} does not divide by {world} processes; choose a "
                          f"multiple of {world}")
