@@ -3147,7 +3147,7 @@ class GpuTest(Temporary):
         logits, gradients = ([r[0] for r in runs],
                              [torch.cat([g.flatten() for g in r[1:]]) for r in runs])
         for eager, compiled in (logits, gradients):
-            self.assertLess((eager - compiled).norm() / eager.norm(), 0.02)
+            self.assertLess((eager - compiled).norm() / eager.norm(), 0.05)
 
     def test_distances_and_metrics_equal_the_cpu(self):
         labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)

@@ -415,7 +415,7 @@ def wrap(model, config, device, world):
         model = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
-    return torch.compile(model) if config.compile else model
+    return torch.compile(model, dynamic=False) if config.compile else model
 
 
 def equalise_buffers(model):
@@ -449,7 +449,7 @@ class Steps:
         self.rank, self.world, self.total = rank, world, total
         self.weigh, self.criterion = boundary_weights, boundary_aware_focal_loss
         if config.compile and device.type == "cuda":
-            self.weigh, self.criterion = map(torch.compile, (self.weigh, self.criterion))
+            self.weigh, self.criterion = (torch.compile(f, dynamic=False) for f in (self.weigh, self.criterion))
         self.loss = torch.zeros((), device=device)    # of the last step, this process's share of it
         self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
 
@@ -822,7 +822,7 @@ def kernel_times(function):
         torch.cuda.synchronize()
     times = dict.fromkeys((kind for kind, _ in KERNELS), 0.0)
     for event in profile.key_averages():
-        if "#" not in event.key:                        # an annotation, not a kernel
+        if not event.key.startswith("Optimizer"):       # an annotation around kernels
             kind = next(kind for kind, names in KERNELS if re.search(names, event.key, re.I))
             times[kind] += event.self_device_time_total / 1000
     return times
