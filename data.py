@@ -932,8 +932,9 @@ def writing(path):
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"{path} cannot be written: {cause.strerror or cause}; free space there, or "
-                      "choose another folder. What was written before is whole") from None
+        raise OSError(f"{path} cannot be written: {cause.strerror or cause}; the same command goes "
+                      "on once it can, or name another folder. What was written before is whole"
+                      ) from None
 
 
 @contextlib.contextmanager
