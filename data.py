@@ -373,16 +373,13 @@ def pseudo_classes(folder):
     """Class names that settings.json of a folder of pseudolabels states. Raises
     FileNotFoundError or ValueError."""
     path = Path(folder) / SETTINGS
-    try:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it says which classes the labels have; "
+                                "pseudolabel.py writes it")
+    with parsed(path):
         classes = json.loads(path.read_text())["classes"]
         if not classes or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes: {classes!r}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: it says which classes the labels have; "
-                                "pseudolabel.py writes it") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not say which classes the labels have ({error!r}); "
-                         "make the folder anew with pseudolabel.py") from None
+            raise ValueError(f"it does not say which classes the labels have: {classes!r:.200}")
     return tuple(classes)
 
 

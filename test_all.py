@@ -2301,7 +2301,8 @@ class PseudolabelTest(Temporary):
 
     def files(self, folder):
         return {path.relative_to(self.folder / folder): path.read_bytes()
-                for path in (self.folder / folder).rglob("*") if path.is_file()}
+                for path in (self.folder / folder).rglob("*")
+                if path.is_file() and path.name != ".lock"}
 
     def test_labels_are_thresholded_predictions(self):
         """Two processes write the very files of one;
@@ -2441,7 +2442,7 @@ class PseudolabelTest(Temporary):
                          (2, "pseudolabel.py: --out file is a file; expected a folder\n"))
         result = self.run_script(*arguments, "--out", "file/in")
         self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
-        self.assertRegex(result.stderr, "file/in/settings.json cannot be written: Not a directory")
+        self.assertRegex(result.stderr, "file/in cannot be written: Not a directory")
         self.assertEqual((self.folder / "file").read_text(), "mine")
         self.assertEqual(self.run_script(*arguments, "--out", "good").returncode, 0)
         good = self.files("good")
@@ -3301,8 +3302,8 @@ EVALUATE = ("--checkpoint", "three.pt", "--data", "data", "--val", "custom", "--
 SCORE = ("--score", "predicted", "--data", "data", "--val", "custom")
 POOL = ("--checkpoint", "nineteen.pt", "--data", "data", "--pools", "data/pool", "--out", "pseudo",
         "--workers", 0)
-PSEUDO = ("--recipe", "camvid", "--data", "data", "--train", "pseudo", "--val", "acdc:fog",
-          "--crop", 96, "--levels", 2, "--width", 8, "--batch", 2, "--steps", 1)
+PSEUDO = ("--recipe", "camvid", "--data", "data", "--train", "acdc:fog", "--val", "acdc:fog",
+          "--pseudo", "pseudo", "--crop", 96, "--levels", 2, "--width", 8, "--batch", 2, "--steps", 1)
 # A checkpoint instead of a good one; the words come after its name.
 BROKEN_CHECKPOINTS = {
     "empty": (b"", "no torch file"),
@@ -3584,6 +3585,8 @@ def catalogue():
                            ("binary", b"\xff\xfe\0")):
         yield f"settings.json of pseudolabels: {title}", pseudolabel, POOL, \
             {"pseudo/settings.json": content}, "settings.json is damaged; remove pseudo"
+        yield f"settings.json to train on: {title}", train, PSEUDO, \
+            {"pseudo/settings.json": content}, "pseudo/settings.json cannot be used"
     for title, content in (("empty", b""), ("binary", b"\xff\xfe"), ("no rows", HEADER),
                            ("no numbers", HEADER + "a,b,p,much,1,1,9\n"),
                            ("cut short", HEADER + "a,b,p\n"), ("of zero bytes", bytes(99))):
@@ -3612,6 +3615,8 @@ class CatalogueTest(Refusals):
             put(cls.good / f"outside/{i}.png", picture(i))
             put(cls.good / f"predicted/frame{i} of mine.png", pattern([0], 80, 60))
         put(cls.good / "pseudo/0.png", pattern([0]))
+        (cls.good / "pseudo/manifest.csv").write_text(HEADER + "pool/0.png,0.png,p,1,1,1,9\n")
+        (cls.good / "pseudo/settings.json").write_text(json.dumps({"classes": data.CLASSES}))
         architecture = {"backbone": "convnext_atto", "width": 8, "levels": 2}
         for name, classes in (("three.pt", tuple(f"kind {i}" for i in range(3))),
                               ("nineteen.pt", data.CLASSES)):
