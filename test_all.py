@@ -2,11 +2,14 @@
 
     python test_all.py                        all quick tests
     python test_all.py LossTest.test_pixel    one of them
-    python test_all.py --slow                 the long ones too: the whole demo, and the domain gap
+    python test_all.py --slow                 the long ones too: the whole demo, a hundred kills
+    python test_all.py --mutations 30         break the code, one place at a time: is it noticed?
 
 Needs torch, numpy and pillow, two CPU cores, no data and no network.
 """
 
+import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import unittest
 import zipfile
 import zlib
@@ -4214,6 +4218,146 @@ class KillTest(RunTest):
         self.assertGreaterEqual(partial, 5)
 
 
+# --- tests of the tests --------------------------------------------------------------------------
+#
+# python test_all.py --mutations [N] [--seed S] breaks one line of a copy of the project and runs the
+# tests that must notice: every row of MUTATIONS, then N operators at random places. What survives is
+# listed, to be read: a gap in the tests, or a change that changes nothing.
+
+MUTATIONS = (             # file, what stands there once, what stands there instead, who must notice
+    ("losses.py", "1 - torch.exp(-nll.detach())", "1 - torch.exp(-nll)", "LossTest"),
+    ("losses.py", "squared < edge * edge", "squared <= edge * edge", "LossTest"),
+    ("losses.py", "normalizer.clamp(min=1)", "normalizer", "LossTest"),
+    ("convnext.py", "if packed or wrong:", "if packed:", "PropertyTest"),
+    ("convnext.py", "start <= end <= len(data)", "start <= end", "CatalogueTest"),
+    ("convnext.py", "if end - start != count * dtype.itemsize:", "if False:", "CatalogueTest"),
+    ("swiftnet.py", "blend(resize(x, skip.shape[-2:]) + skip)",
+     "blend(resize(x, skip.shape[-2:]) - skip)", "SwiftNetTest"),
+    ("swiftnet.py", "pyramid[level + i] = pyramid[level + i] + project(feature)",
+     "pyramid[level + i] = project(feature)", "SwiftNetTest"),
+    ("swiftnet.py", "logits.flip(-1) if mirrored", "logits if mirrored", "SwiftNetTest"),
+    ("data.py", "FLIP_LEFT_RIGHT) if flip else part",
+     'FLIP_LEFT_RIGHT) if flip and part.mode == "RGB" else part', "PropertyTest"),
+    ("data.py", "(corner[1] + size[1]) * y", "(corner[1] + size[0]) * y", "DataTest"),
+    ("data.py", "self.batch + self.rank * share", "self.batch", "DataTest"),
+    ("data.py", 'or ".." in Path(n).parts', "", "PropertyTest"),
+    ("data.py", "if invalid.max() > 1:", "if invalid.max() > 255:", "CatalogueTest"),
+    ("data.py", "if not 0 < weight <= 1000:", "if not 0 <= weight <= 1000:", "CatalogueTest"),
+    ("data.py", "if image.width * image.height > MOST_PIXELS:", "if False:", "CatalogueTest"),
+    ("data.py", "                temporary.unlink()\n", "                pass\n", "DataTest"),
+    ("data.py", 'for left in folder.rglob(".*.tmp"):', "for left in ():", "TrainTest"),
+    ("evaluate.py", "            dist.all_reduce(flat)\n", "", "ProcessTest"),
+    ("evaluate.py", "share = samples[rank::world]", "share = samples[0::world]", "ProcessTest"),
+    ("evaluate.py", "union = truth[:, None] + false_positive", "union = truth[:, None]",
+     "MetricsTest"),
+    ("evaluate.py", "confusion.sum(1), confusion.sum(0)", "confusion.sum(0), confusion.sum(0)",
+     "MetricsTest"),
+    ("evaluate.py", "self.edges, right=True)", "self.edges)", "MetricsTest"),
+    ("pseudolabel.py", "kept = q >= thresholds[ids]", "kept = q <= thresholds[ids]",
+     "PseudolabelTest"),
+    ("train.py", "0.5 * (1 + math.cos", "0.5 * (1 - math.cos", "TrainTest"),
+    ("train.py", '.get("step", 0) <= step', '.get("step", 0) < step', "FaultTest"),
+    ("train.py", 'if state["step"] < state["total"]:', 'if state["step"] <= state["total"]:',
+     "TrainTest"),
+    ("train.py", 'results["all"]["miou"] > standing["best"]',
+     'results["all"]["miou"] != standing["best"]', "TrainTest"),
+    ("train.py", "        dist.broadcast(flat, 0)\n", "", "ProcessTest"),
+    ("train.py", "get_scale() < LEAST_SCALE", "get_scale() < 0", "FaultTest"),
+    ("train.py", "normalizer=shared[0])", "normalizer=None)", "ProcessTest"))
+COVERED = {"convnext.py": "BackboneTest SwiftNetTest CatalogueTest",
+           "swiftnet.py": "SwiftNetTest PropertyTest CatalogueTest",
+           "losses.py": "LossTest ProcessTest",
+           "data.py": "DataTest PropertyTest CatalogueTest MistakeTest TrainTest",
+           "evaluate.py": "MetricsTest BudgetTest TemperatureTest CatalogueTest EvaluateScriptTest",
+           "pseudolabel.py": "CatalogueTest PseudolabelTest",
+           "train.py": "CatalogueTest MistakeTest TrainTest FaultTest ProcessTest"}
+SWAPPED = {"+": "-", "-": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
+           "0": "1", "1": "0", "and": "or", "or": "and", "not": "", "min": "max", "max": "min"}
+MUTATION_SECONDS = 600
+
+
+def random_mutation(rng):
+    """(file, line, column, word there, word instead) of a random operator of the ten files' code;
+    what draws the demo, and what only benchmarks, is left out."""
+    name = rng.choice(list(COVERED))
+    text = (HERE / name).read_text()
+    left_out, line = set(), 0
+    for node in ast.parse(text).body:                                      # functions and classes
+        if re.search("benchmark|pipeline|profile|ceiling", getattr(node, "name", "")):
+            left_out |= {*range(node.lineno, node.end_lineno + 1)}
+    if name == "data.py":
+        lines = text.splitlines()
+        begin, end = (next(i for i, line in enumerate(lines, 1) if line.startswith(f"# --- {title}"))
+                      for title in ("demo streets", "the script"))
+        left_out |= {*range(begin, end)}
+    places = [(token.start, token.string)
+              for token in tokenize.generate_tokens(io.StringIO(text).readline)
+              if token.string in SWAPPED and token.start[0] not in left_out]
+    (line, column), word = places[rng.integers(len(places))]
+    return name, line, column, word, SWAPPED[word]
+
+
+def mutations(count, seed):
+    """Print what of MUTATIONS and of `count` random ones is caught; exit status 1 where a row of
+    MUTATIONS is not."""
+    folder, rng = Path(tempfile.mkdtemp(prefix="swiftnet-")), np.random.default_rng(seed)
+    copied = (*HERE.glob("*.py"), HERE / "README.md", *HERE.glob(".ladder"))
+    survivors, caught = [], {"chosen": 0, "random": 0}
+
+    def notice(kind, name, text, about, classes):
+        for path in copied:
+            shutil.copy(path, folder)
+        (folder / name).write_text(text)
+        began, log = time.monotonic(), folder / "output"
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                [sys.executable, folder / "test_all.py", "--failfast", *classes.split()],
+                stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=folder)
+            try:
+                process.wait(MUTATION_SECONDS)
+            except subprocess.TimeoutExpired:                          # it hangs: that is noticed
+                for pid in members(str(folder)):
+                    os.kill(pid, signal.SIGKILL)
+                process.wait()
+        failed = re.search(r"^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", log.read_text(), re.M)
+        by = f"{failed[2]}.{failed[1]}" if failed else f"exit status {process.returncode}"
+        seen = process.returncode != 0
+        caught[kind] += seen
+        print(f"{'caught  ' if seen else 'SURVIVED'} {time.monotonic() - began:6.1f} s  {about}"
+              + (f"  by {by}" if seen else f"  ({classes})"), flush=True)
+        if not seen:
+            survivors.append(about)
+
+    try:
+        notice("random", "README.md", (HERE / "README.md").read_text(), "nothing is changed",
+               "LossTest DataTest")
+        if not survivors:
+            sys.exit("the tests fail without a mutation: mend that first")
+        survivors.clear()
+        for name, old, new, tests in MUTATIONS:
+            text, about = (HERE / name).read_text(), f"{name}: {old.strip()!r} -> {new.strip()!r}"
+            if text.count(old) == 1:
+                notice("chosen", name, text.replace(old, new), about, tests)
+            else:
+                survivors.append(f"{about}: stands there {text.count(old)} times, expected once; "
+                                 "mend the table")
+                print("FAILED  " + survivors[-1], flush=True)
+        for _ in range(count):
+            name, line, column, word, instead = random_mutation(rng)
+            lines = (HERE / name).read_text().splitlines(keepends=True)
+            there = lines[line - 1]
+            lines[line - 1] = there[:column] + instead + there[column + len(word):]
+            about = f"{name}:{line}: {there.strip()!r} -> {lines[line - 1].strip()!r}"
+            notice("random", name, "".join(lines), about, COVERED[name])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("\nsurvivors:\n" + "\n".join(survivors or ["none"]))
+    print(f"mutations caught: {caught['chosen']} of {len(MUTATIONS)} chosen, {caught['random']} of "
+          f"{count} random (seed {seed})", flush=True)
+    sys.exit(caught["chosen"] < len(MUTATIONS))
+
+
 class Result(unittest.TextTestResult):
     """Counts what passed and times every test."""
     passed, began = 0, 0.0
@@ -4229,12 +4373,19 @@ class Result(unittest.TextTestResult):
 
 
 def main():
-    arguments = [argument for argument in sys.argv[1:] if argument != "--slow"]
+    arguments = [word for word in sys.argv[1:] if word not in ("--slow", "--failfast")]
+    if "--mutations" in arguments:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--mutations", type=int, nargs="?", const=0)
+        parser.add_argument("--seed", type=int, default=0)
+        given = parser.parse_args(arguments)
+        mutations(given.mutations, given.seed)
     torch.set_num_threads(1)     # as fast for tests this small, and the same numbers on any machine
     loader, module = unittest.TestLoader(), sys.modules[__name__]
     suite = (loader.loadTestsFromNames(arguments, module) if arguments
              else loader.loadTestsFromModule(module))
-    result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(suite)
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=2,
+                                     failfast="--failfast" in sys.argv).run(suite)
     failed = len(result.failures) + len(result.errors)
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     sys.exit(bool(failed))
