@@ -377,9 +377,10 @@ def pseudo_classes(folder):
         raise FileNotFoundError(f"{path} is missing: it says which classes the labels have; "
                                 "pseudolabel.py writes it")
     with parsed(path):
-        classes = json.loads(path.read_text())["classes"]
+        content = json.loads(path.read_text())
+        classes = content.get("classes") if isinstance(content, dict) else None
         if not classes or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"it does not say which classes the labels have: {classes!r:.200}")
+            raise ValueError("it does not say which classes the labels have")
     return tuple(classes)
 
 

@@ -3307,7 +3307,8 @@ SCORE = ("--score", "predicted", "--data", "data", "--val", "custom")
 POOL = ("--checkpoint", "nineteen.pt", "--data", "data", "--pools", "data/pool", "--out", "pseudo",
         "--workers", 0)
 PSEUDO = ("--recipe", "camvid", "--data", "data", "--train", "acdc:fog", "--val", "acdc:fog",
-          "--pseudo", "pseudo", "--crop", 96, "--levels", 2, "--width", 8, "--batch", 2, "--steps", 1)
+          "--pseudo", "pseudo", "--crop", 96, "--levels", 2, "--width", 8, "--batch", 2,
+          "--steps", 1)
 # A checkpoint instead of a good one; the words come after its name.
 BROKEN_CHECKPOINTS = {
     "empty": (b"", "no torch file"),
@@ -4220,9 +4221,9 @@ class KillTest(RunTest):
 
 # --- tests of the tests --------------------------------------------------------------------------
 #
-# python test_all.py --mutations [N] [--seed S] breaks one line of a copy of the project and runs the
-# tests that must notice: every row of MUTATIONS, then N operators at random places. What survives is
-# listed, to be read: a gap in the tests, or a change that changes nothing.
+# python test_all.py --mutations [N] [--seed S] breaks one line of a copy of the project and runs
+# the tests that must notice: every row of MUTATIONS, then N operators at random places. What
+# survives is listed, to be read: a gap in the tests, or a change that changes nothing.
 
 MUTATIONS = (             # file, what stands there once, what stands there instead, who must notice
     ("losses.py", "1 - torch.exp(-nll.detach())", "1 - torch.exp(-nll)", "LossTest"),
@@ -4281,13 +4282,12 @@ def random_mutation(rng):
     what draws the demo, and what only benchmarks, is left out."""
     name = rng.choice(list(COVERED))
     text = (HERE / name).read_text()
-    left_out, line = set(), 0
+    left_out = set()
     for node in ast.parse(text).body:                                      # functions and classes
         if re.search("benchmark|pipeline|profile|ceiling", getattr(node, "name", "")):
             left_out |= {*range(node.lineno, node.end_lineno + 1)}
     if name == "data.py":
-        lines = text.splitlines()
-        begin, end = (next(i for i, line in enumerate(lines, 1) if line.startswith(f"# --- {title}"))
+        begin, end = (text[:text.index(f"# --- {title}")].count("\n")
                       for title in ("demo streets", "the script"))
         left_out |= {*range(begin, end)}
     places = [(token.start, token.string)
@@ -4318,7 +4318,8 @@ def mutations(count, seed):
                 process.wait(MUTATION_SECONDS)
             except subprocess.TimeoutExpired:                          # it hangs: that is noticed
                 for pid in members(str(folder)):
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
         failed = re.search(r"^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", log.read_text(), re.M)
         by = f"{failed[2]}.{failed[1]}" if failed else f"exit status {process.returncode}"
