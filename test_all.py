@@ -1332,7 +1332,7 @@ class DataTest(Temporary):
                                     "cityscapes and pseudo/v1 have different classes"),
                                    (json.dumps({"classes": []}), "does not say which classes"),
                                    ("[]", "does not say which classes"),
-                                   ("{", "does not say which classes"),
+                                   ("{", "pseudo/v1/settings.json cannot be used"),
                                    (None, "pseudo/v1/settings.json is missing")):
                 settings.unlink() if content is None else settings.write_text(content)
                 with self.assertRaisesRegex((ValueError, OSError), words):
