@@ -326,7 +326,7 @@ def settings_of(config, thresholds, count, classes):
 def refuse_changes(out, settings):
     """Raise ValueError where the folder holds labels that were made with other settings."""
     path = Path(out) / SETTINGS
-    if not path.exists():
+    if not path.is_file():
         return
     try:
         there = json.loads(path.read_text())

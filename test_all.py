@@ -1916,6 +1916,34 @@ class FaultTest(RunTest):
         print("; ".join(f"{kind} killed: the rest ended after {seconds:.1f} s"
                         for kind, seconds in self.slowest.items()), flush=True)
 
+    def test_torchrun_that_ended_before(self):
+        """A process whose launcher died during the imports finds nobody at its store."""
+        with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="x", MASTER_ADDR="localhost",
+                             TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT="1"), \
+                self.assertRaisesRegex(ValueError, "torchrun is gone .*start the same command"):
+            evaluate.start_processes()
+
+    def test_lock(self):
+        """A folder is one process's as long as that lives, and not longer."""
+        script = ("import fcntl, time; lock = open('.lock', 'w'); fcntl.lockf(lock, fcntl.LOCK_EX);"
+                  "print('held', flush=True); time.sleep(60)")
+        other = subprocess.Popen([sys.executable, "-c", script], cwd=self.folder,
+                                 stdout=subprocess.PIPE)
+        other.stdout.readline()
+        left = self.folder / "deep/.label.png.9.tmp"
+        left.parent.mkdir()
+        left.touch()
+        with self.assertRaisesRegex(ValueError, "is in use by another process; choose another"), \
+                data.hold(self.folder, 0):
+            pass
+        self.assertTrue(left.exists())                            # the other's: it may be at it
+        with data.hold(self.folder, 1):
+            pass
+        other.kill()
+        other.communicate()
+        with data.hold(self.folder, 0):
+            self.assertFalse(left.exists())
+
     def test_fp16_overflow(self):
         """One overflow costs a step and halves the scale; a storm of them ends in a message."""
         torch.manual_seed(0)
