@@ -3148,8 +3148,10 @@ class GpuTest(Temporary):
                 logits = network(images)
             logits.float().square().mean().backward()
             runs.append([logits.detach().float(), *(p.grad.clone() for p in model.parameters())])
-        for eager, compiled in zip(*runs):
-            self.assertLess((eager - compiled).norm() / eager.norm().clamp(min=1e-6), 0.05)
+        logits, gradients = ([r[0] for r in runs],
+                             [torch.cat([g.flatten() for g in r[1:]]) for r in runs])
+        for eager, compiled in (logits, gradients):
+            self.assertLess((eager - compiled).norm() / eager.norm(), 0.02)
 
     def test_distances_and_metrics_equal_the_cpu(self):
         labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import textwrap
 import time
@@ -808,92 +809,101 @@ def runner(module, given, device, dtype, training):
     return run
 
 
+KERNELS = (("depthwise", r"depthwise|_c1_k1_|wgrad2d_"),
+           ("matrix products and dense convolutions", r"nvjet|gemm|xmma|cutlass|convolve"),
+           ("batch norm", r"batch_?norm|bn_(fw|bw)"), ("upsampling", "upsample"),
+           ("optimizer", "multi_tensor"), ("layer norm, elementwise, copies", ""))
+
+
+def kernel_times(function):
+    """{kind of KERNELS: milliseconds} that one call of `function` keeps the GPU busy."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    times = dict.fromkeys((kind for kind, _ in KERNELS), 0.0)
+    for event in profile.key_averages():
+        if "#" not in event.key:                        # an annotation, not a kernel
+            kind = next(kind for kind, names in KERNELS if re.search(names, event.key, re.I))
+            times[kind] += event.self_device_time_total / 1000
+    return times
+
+
 def benchmark(config, rank, world, device):
-    """Print speed, memory and share of the matrix-product ceiling of one network on this machine,
+    """Print speed, memory and share of the matrix-product ceiling of one network on this machine:
     forward of one image of crop x (2 crop) and training step of batch_per_process crops, and where
     their time goes. Weights are random. Everything is timed in turns within one run, medians."""
     config = dataclasses.replace(config, batch=config.batch_per_process * world, pretrained="none")
-    batch, crop = config.batch_per_process, config.crop
+    batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
     steps = make_steps(config, range(19), None, rank, world, device, 1000)
     model, dtype = steps.model, steps.dtype
-    peaks = {}
-
-    def step():
-        steps(0, images, labels)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=generator)
+    areas = torch.randint(0, 19, (batch, crop // 64 + 1, crop // 64 + 1), dtype=torch.uint8,
+                          generator=generator)        # a street has areas, not noise
+    ids = areas.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
+    picture = torch.randint(0, 256, (1, 3, crop, 2 * crop), dtype=torch.uint8, generator=generator)
+    picture, labels = picture.to(device), ids.to(device)
+    logits = torch.randn(batch, 19, crop, crop, device=device, dtype=dtype or torch.float32)
+    logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = steps.weigh(labels)
 
     def forward():
         model.eval()
         with torch.inference_mode(), autocast(device, dtype):
-            steps.network(picture) if config.compile else model(picture)
+            (steps.network if config.compile else model)(picture)
         model.train()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 19, (batch, crop // 64 + 1, crop // 64 + 1), dtype=torch.uint8,
-                           generator=generator)       # a street has areas, not noise
-    labels = labels.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
-    picture = torch.randint(0, 256, (1, 3, crop, 2 * crop), dtype=torch.uint8, device=device,
-                            generator=torch.Generator(device).manual_seed(0))
-    for name, function in (("forward", forward), ("step", step)):
-        for _ in range(2):
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated() / 2 ** 30
-                torch.cuda.reset_peak_memory_stats()
+
+    def step():
+        steps(0, images, ids)
     ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
-    tables = {}
-    for training, whole in ((False, forward), (True, step)):
-        height, width, number = (crop, crop, batch) if training else (crop, 2 * crop, 1)
-        # compiled, the layers are no separate pieces
-        kinds = ({} if config.compile else
-                 kinds_of_blocks(model, height, width, number, device, dtype, training))
-        pieces = {"whole": whole, **{name: function for name, (function, _) in ceiling.items()}}
+    extra = {"boundary weights": lambda: steps.weigh(labels),
+             "loss": lambda: steps.criterion(logits, labels.long(), weights).backward(),
+             "input": lambda: (images.to(device).float() - model.mean) / model.std}
+    rates, lines = {}, []
+    for title, whole, factor, shape in (("forward", forward, 2, (1, crop, 2 * crop)),
+                                        ("training step", step, 6, (batch, crop, crop))):
+        whole()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            whole()
+            torch.cuda.synchronize()
+            peak = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+        pieces = {"whole": whole, **{name: product for name, (product, _) in ceiling.items()},
+                  **(extra if whole is step else {})}
+        # On a GPU the kernels tell where the time goes; compiled for a CPU, layers are no pieces.
+        kinds = {} if on_gpu or config.compile else kinds_of_blocks(
+            model, *shape[1:], shape[0], device, dtype, whole is step)
         pieces |= {(kind, i): run for kind, runs in kinds.items() for i, (run, _) in enumerate(runs)}
-        if training:
-            ids = labels.to(device)
-            weights = steps.weigh(ids)
-            logits = torch.randn(batch, 19, crop, crop, device=device, dtype=dtype or torch.float32)
-            logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
-            pieces["boundary weights"] = lambda: steps.weigh(ids)
-            pieces["loss"] = lambda: steps.criterion(logits, ids.long(), weights).backward()
-            pieces["input"] = lambda: (images.to(device).float() - model.mean) / model.std
-        took = milliseconds(pieces, device, 15 if device.type == "cuda" else 5)
-        median = {name: float(np.median(times)) for name, times in took.items()}
-        for kind, runs in kinds.items():
-            median[kind] = sum(median[kind, i] * count for i, (_, count) in enumerate(runs))
-        tables[training] = took["whole"], median
-    if rank != 0:
-        return
-    rates = {name: 2e-9 * macs / min(median[name] for _, median in tables.values())
-             for name, (_, macs) in ceiling.items()}
+        times = milliseconds(pieces, device, 15 if on_gpu else 5)
+        took = {name: float(np.median(values)) for name, values in times.items()}
+        for name, (_, macs) in ceiling.items():
+            rates[name] = max(rates.get(name, 0), 2e-9 * macs / took[name])
+        total, (low, high) = took["whole"], np.percentile(times["whole"], [10, 90])
+        parts = {name: took[name] for name in extra if name in took}
+        if on_gpu:
+            kernels = kernel_times(whole)
+            parts |= {**kernels, "idle": total - sum(kernels.values())}
+        elif kinds:
+            for kind, runs in kinds.items():
+                parts[kind] = sum(took[kind, i] * count for i, (_, count) in enumerate(runs))
+            parts["norm, elementwise"] = (parts.pop("blocks") - parts["depthwise"]
+                                          - parts["pointwise"])
+            parts["the rest"] = total - sum(parts.values())
+        speed = 1e-9 * factor * shape[0] * count_macs(
+            build(config.backbone, 19, config.width or None, config.levels), *shape[1:]) / total
+        lines.append((speed, f"{title}, {' x '.join(map(str, shape))}: {total:.1f} ms (10-90 %: "
+                      f"{low:.1f}-{high:.1f}), {1000 * shape[0] * world / total:.2f} images/s"
+                      + (peak if on_gpu else ""),
+                      ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())))
     best = max(rates, key=rates.get)
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads")
-    print(f"{name} x {world}, torch {torch.__version__}, {str(dtype or torch.float32)[6:]}, "
-          f"{config.backbone}{', compiled' * config.compile}"
-          f"{', blocks recomputed' * config.checkpoint_blocks}\n"
-          f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
-          + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
-    for training, (whole, median) in tables.items():
-        number, factor = (batch, 6) if training else (1, 2)
-        macs = count_macs(build(config.backbone, 19, config.width or None, config.levels),
-                          crop, crop if training else 2 * crop)
-        total = median["whole"]
-        low, high = np.percentile(whole, [10, 90])
-        parts = {n: median[n] for n in ("depthwise", "pointwise", "loss", "boundary weights",
-                                        "input") if n in median}
-        if not config.compile:
-            parts["norm, elementwise"] = (median["blocks"] - median["depthwise"]
-                                          - median["pointwise"])
-        parts["the rest"] = total - sum(parts.values())
-        print(f"{'training step' if training else 'forward'}, {number} x {crop} x "
-              f"{crop if training else 2 * crop}: {total:.1f} ms (10-90 %: {low:.1f}-{high:.1f}), "
-              f"{1000 * number * world / total:.2f} images/s, "
-              f"{1e-9 * factor * macs * number / total / rates[best]:.1%} of the ceiling"
-              + (f", peak memory {peaks['step' if training else 'forward']:.1f} GiB"
-                 if peaks else "")
-              + "\n  " + ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items()),
-              flush=True)
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    say(f"{name} x {world}, torch {torch.__version__}, {str(dtype or torch.float32)[6:]}, "
+        f"{config.backbone}{', compiled' * config.compile}"
+        f"{', blocks recomputed' * config.checkpoint_blocks}\n"
+        f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
+        + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
+    for speed, line, parts in lines:
+        say(f"{line}, {speed:.3f} TFLOP/s, {speed / rates[best]:.1%} of the ceiling\n  {parts}")
 
 
 def main():
