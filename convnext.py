@@ -11,6 +11,8 @@ timm library.
 import json
 import os
 import re
+import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -312,22 +314,44 @@ def read_tensors(path):
     Raises FileNotFoundError or ValueError.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):     # a pipe would be waited for
+            raise ValueError(f"{path} is no file; expected a file of weights")
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
         raise FileNotFoundError(f"cannot open the weights {path}: {error.strerror}") from None
     if start[8:9] == b"{":
         return read_safetensors(path)
+    check_zip(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):           # of old pickles
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # torch.load raises a dozen kinds for a damaged file; all mean this
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"it holds a {refused[1]}" if refused else "damaged, or of another format"
+        refused = re.search(r"GLOBAL (\S+) was|unsupported GLOBAL (\S+)", str(error))
+        reason = (f"it holds a {refused[1] or refused[2]}" if refused else
+                  "damaged, or of another format")
         raise ValueError(f"{path} is no torch file of tensors and plain values, nor safetensors: "
                          f"{reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content
+
+
+def check_zip(path):
+    """Raise ValueError where a record of a torch file does not match its CRC-32. torch.save writes
+    the sums and torch.load does not look at them: a flipped bit would be a weight."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch stores records as they are: no file unpacks to more than its own size
+            packed = any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist())
+            wrong = None if packed else archive.testzip()
+    except Exception:        # no zip, or one cut short: torch.load knows older formats, and says so
+        return
+    if packed or wrong:
+        raise ValueError(f"{path} is damaged: "
+                         + (f"its record {wrong} does not match its checksum" if wrong else
+                            "it is compressed, as torch never does")
+                         + "; fetch or copy it anew, or take the run's other checkpoint")
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -346,14 +370,17 @@ def read_safetensors(path):
             raise ValueError(f"{path}: header of {header_size} bytes in a file of {size}; damaged")
         try:
             header = json.loads(file.read(header_size))
-            entries = [(name, SAFETENSORS[entry["dtype"]], entry["shape"], *entry["data_offsets"])
-                       for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: unreadable safetensors header ({error!r})") from None
+            entries = [(name, SAFETENSORS[entry["dtype"]], [*entry["shape"]], start, end)
+                       for name, entry in header.items() if name != "__metadata__"
+                       for start, end in [entry["data_offsets"]]]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: unreadable safetensors header ({error!r}); fetch it "
+                             "anew") from None
         data = bytearray(file.read())
     tensors = {}
     for name, dtype, shape, start, end in entries:
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or end > len(data):
+        if not (all(type(n) is int and 0 <= n < 2 ** 40 for n in (*shape, start, end))
+                and start <= end <= len(data) and len(shape) <= 8):
             raise ValueError(f"{path}: {name} lies outside the file; damaged or incomplete")
         count = 1
         for n in shape:

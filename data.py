@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import filecmp
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -350,15 +352,16 @@ def pseudo_samples(root, folder):
     are left out."""
     path = Path(folder) / MANIFEST
     samples = []
-    with open(path, newline="") as file:
+    with parsed(path), open(path, newline="") as file:
         rows = csv.DictReader(file)
         if not {"image", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: expected columns image and label, found {rows.fieldnames}")
+            raise ValueError("expected columns image and label, found "
+                             f"{', '.join(rows.fieldnames or ())[:200] or 'none'}")
         for number, row in enumerate(rows, 2):
             names = row["image"], row["label"]
             if None in row or not all(names) or any(
                     Path(n).is_absolute() or ".." in Path(n).parts for n in names):
-                raise ValueError(f"{path}, line {number}: image and label must be paths below "
+                raise ValueError(f"line {number}: image and label must be paths below "
                                  f"{root} and {folder}")
             if row.get("selected", "1") == "1":
                 samples.append(Sample(str(Path(root) / names[0]), str(Path(folder) / names[1]),
@@ -370,16 +373,14 @@ def pseudo_classes(folder):
     """Class names that settings.json of a folder of pseudolabels states. Raises
     FileNotFoundError or ValueError."""
     path = Path(folder) / SETTINGS
-    try:
-        classes = json.loads(path.read_text())["classes"]
-        if not classes or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes: {classes!r}")
-    except FileNotFoundError:
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says which classes the labels have; "
-                                "pseudolabel.py writes it") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not say which classes the labels have ({error!r}); "
-                         "make the folder anew with pseudolabel.py") from None
+                                "pseudolabel.py writes it")
+    with parsed(path):
+        content = json.loads(path.read_text())
+        classes = content.get("classes") if isinstance(content, dict) else None
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError("it does not say which classes the labels have")
     return tuple(classes)
 
 
@@ -425,9 +426,10 @@ def classes_of(root, name):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: write one class name per line, in the order "
                                 "of the ids")
-    classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    if not 2 <= len(classes) <= 255:
-        raise ValueError(f"{path} has {len(classes)} class names; expected 2 to 255")
+    with parsed(path):
+        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        if not 2 <= len(classes) <= 255:
+            raise ValueError(f"it has {len(classes)} class names; expected 2 to 255")
     return classes
 
 
@@ -446,32 +448,44 @@ def annotated(root, split):
 
 def read_segments(path):
     """Panoptic json -> {png name: ((segment id, category), ...)}."""
-    try:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; it belongs to the panoptic labels beside it")
+    with parsed(path):
         content = json.loads(Path(path).read_text())
-        return {item["file_name"]: tuple((s["id"], s["category_id"]) for s in item["segments_info"])
-                for item in content["annotations"]}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; it belongs to the panoptic labels "
-                                "beside it") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the panoptic json of this set: {error!r}") from None
+        segments = {item["file_name"]: tuple((s["id"], s["category_id"])
+                                             for s in item["segments_info"])
+                    for item in content["annotations"]}
+        for number, category in itertools.chain(*segments.values()):
+            if not (isinstance(number, int) and 0 <= number < 2 ** 24
+                    and isinstance(category, int) and 0 <= category <= 255):
+                raise ValueError(f"segment {number!r} of category {category!r}; expected an id "
+                                 "below 2^24 and a category in 0..255")
+    return segments
 
 
 # --- reading ------------------------------------------------------------------------------------
+
+MOST_PIXELS = 2 ** 26            # no set's photo has above 24 million; this many fit into 1 GB
+Image.MAX_IMAGE_PIXELS = None    # Pillow's own bound, which warns before it refuses
+
 
 @contextlib.contextmanager
 def opened(path, modes):
     """A Pillow image of one of these modes. Whatever is wrong becomes a ValueError that names
     the file."""
     try:
-        with Image.open(path) as image:
+        if os.path.exists(path) and not os.path.isfile(path):     # a pipe would be waited for
+            raise ValueError("it is no file")
+        with Image.open(path, formats=("PNG", "JPEG")) as image:   # Pillow knows stranger ones
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is more than "
+                                 f"{MOST_PIXELS / 1e6:.0f} megapixels")
             if image.mode not in modes:
                 raise ValueError(f"mode {image.mode}, expected {' or '.join(modes)}")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing (a dangling link?)") from None
-    # Pillow raises SyntaxError for a broken PNG chunk, and an error of its own for absurd sizes.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:   # SyntaxError: of a broken PNG chunk
         raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from None
 
 
@@ -742,10 +756,10 @@ def class_counts(samples, classes, workers=0, folder="runs"):
             status = os.stat(sample.label)
             digest.update(f"{sample.label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     path = Path(folder) / f".class-counts-{digest.hexdigest()}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        counts = np.load(path, allow_pickle=False)
+    with contextlib.suppress(Exception):       # whatever is wrong with it, it is made anew below
+        counts = np.load(path, mmap_mode="r", allow_pickle=False)    # allocates what is there
         if counts.shape == (len(samples), classes) and counts.dtype == np.int64:
-            return counts
+            return np.array(counts)
     counts = np.zeros((len(samples), classes), np.int64)
     progress = Progress(len(samples), "classes counted in label")
     for index, row in torch.utils.data.DataLoader(CountSet(samples, classes), batch_size=None,
@@ -880,28 +894,89 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:
-        if "by peer" not in str(error):              # gloo's words when another process has ended
+        name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+        if "by peer" in str(error):                  # gloo's words when another process has ended
+            message = f"rank {rank} stops, as another process ended"
+        elif "DataLoader worker" in str(error):      # torch's, with the signal that ended it
+            message = (f"rank {rank} stops: {str(error).splitlines()[0]} Where memory ran out, "
+                       "lower --workers. The same command continues")
+        else:
             raise
-        print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} stops, "
-              "as another process ended", file=sys.stderr, flush=True)
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 @contextlib.contextmanager
+def parsed(path):
+    """Whatever is wrong with a file of text that is parsed inside becomes a ValueError that
+    names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            csv.Error) as error:
+        found = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} cannot be used: {found}; mend or remove it") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Whatever goes wrong inside becomes one OSError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the disk's error behind a RuntimeError of its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path} cannot be written: {cause.strerror or cause}; the same command goes "
+                      "on once it can, or name another folder. What was written before is whole"
+                      ) from None
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """Yield a temporary path beside `path` and rename it there at the end: whole, or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def hold(folder, rank):
+    """Lock an output folder for rank 0, or raise ValueError; remove what a killed process left.
+
+    A POSIX record lock ends with the process and is not inherited, so neither a dead process nor
+    its orphaned loader workers keep it.
+    """
+    if rank != 0:
+        yield
+        return
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; "
+                             "choose another --out") from None
+        except OSError:                            # file systems without locks
+            say(f"{folder} cannot be locked here; see that no second run writes to it")
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
 
 
 class Progress:
@@ -1798,6 +1873,8 @@ def benchmark_files(folder, size, kind):
 
 def main():
     config = Config(**parse_flags(Config, __doc__))
+    if config.workers < 0 or config.show < 0:
+        raise ValueError("--workers must not be negative, --show must not be negative")
     if config.benchmark:
         return benchmark()
     root = config.make_demo or config.data

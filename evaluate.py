@@ -20,11 +20,15 @@ ICCV 2021 and "Map-Guided Curriculum", TPAMI 2020; ECE and temperature scaling: 
 ICML 2017.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import socket
 import statistics
+import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -51,8 +55,37 @@ FIT_PER_IMAGE, FIT_PIXELS = 4096, 2 ** 20    # labelled pixels that "fit" takes:
 
 # --- processes ----------------------------------------------------------------------------------
 
+def end_with_launcher():
+    """Under torchrun: end this process within a second of torchrun's end, whatever it does then.
+
+    torchrun, killed alone, leaves its processes behind, to write beside those of the next start.
+    A thread watches, since the main one may wait in a collective for ever. Files appear whole, so
+    ending anywhere is safe.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps the store. If nobody answers there, it ended while torch was imported.
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, 60).close()
+        except OSError as error:
+            raise ValueError(f"torchrun is gone ({error}); start the same command again") from None
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: torchrun is gone; this process stops too. The same "
+                  "command continues the run", file=sys.stderr, flush=True)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def start_processes():
     """(rank, world, device) of this process; starts the process group that torchrun asks for."""
+    end_with_launcher()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local, local_world = (int(os.environ.get("LOCAL_RANK", 0)),
                           int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -860,9 +893,9 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
     """
     out, text = Path(out), json.dumps(settings, indent=1)
     note = out / "settings.json"
-    if note.is_file() and note.read_text() != text:
+    if note.is_file() and (there := note.read_text(errors="replace")) != text:
         raise ValueError(f"{out} holds predictions of other settings, "
-                         f"{' '.join(note.read_text().split())}; give the same ones, "
+                         f"{' '.join(there.split())[:600]}; give the same ones, "
                          "another --out, or remove the folder")
     gathered(None)                                  # all have looked before one writes
     if rank == 0:
@@ -1050,10 +1083,12 @@ class Config:
 def check_flags(config):
     """Raise ValueError for flags out of range, or that exclude each other."""
     numbers = [t for t in config.temperature if not isinstance(t, str)]
-    if min((*numbers, *config.scales)) <= 0:
-        raise ValueError("--temperature and --scales must be above 0")
+    if min((*numbers, *config.scales)) <= 0 or max(config.scales) > 16:
+        raise ValueError("--temperature and --scales must be above 0, --scales must be at most 16")
     if config.workers < 0 or config.thresholds < 0 or config.thresholds == 1:
         raise ValueError("--workers must not be negative, --thresholds at least 2")
+    if config.thresholds > 100_000 or config.workers > 256:
+        raise ValueError("--thresholds must be at most 100000, --workers at most 256")
     if config.tile < 0 or config.tile % 512:
         raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
     modes = [name for name in ("images", "submit", "score", "ladder", "benchmark")

@@ -13,7 +13,6 @@ command continues an interrupted run; other settings in the same folder are refu
 part II.
 """
 
-import contextlib
 import csv
 import hashlib
 import json
@@ -33,7 +32,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data import (DATASETS, IGNORE, MANIFEST, SETTINGS, Sample, classes_of, clock, find_samples,
-                  flag, is_first, parse_flags, parse_spec, run_main, say, whole_file)
+                  flag, hold, is_first, parse_flags, parse_spec, run_main, say, whole_file)
 from evaluate import (confidence, end_processes, load_ensemble, predictions, split_logits,
                       start_processes)
 
@@ -152,24 +151,12 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     return torch.where(histogram.sum(1) > 0, lowered, thresholds.to(device)).cpu()
 
 
-@contextlib.contextmanager
-def written(path):
-    """data.whole_file, with an OSError that says what to do: the disk is full, or the folder
-    cannot be written."""
-    try:
-        with whole_file(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}; the same command goes "
-                      "on once it can, or name another --out") from None
-
-
 def write_label(path, ids, statistics):
     """Write train ids (H, W) uint8 with the row of the manifest inside, whole or not at all.
     Returns (seconds, bytes)."""
     began, info = time.perf_counter(), PngInfo()
     info.add_text(STATISTICS, json.dumps(statistics))
-    with written(path) as temporary:
+    with whole_file(path) as temporary:
         Image.fromarray(ids).save(temporary, "PNG", pnginfo=info, compress_level=3)
     return time.perf_counter() - began, os.path.getsize(path)
 
@@ -259,7 +246,7 @@ def gather_rows(out, root, samples, classes):
 
 def save_rows(out, rows):
     """Write the manifest of a folder, whole or not at all."""
-    with written(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
+    with whole_file(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow((*FIXED, *rows.classes))
         for i, (image, label, pool) in enumerate(zip(rows.image, rows.label, rows.pool)):
@@ -346,7 +333,7 @@ def refuse_changes(out, settings):
         differing = [f"{name}: {there.get(name)} there, {value} here"
                      for name, value in settings.items()
                      if there.get(name) != value and name != "class_thresholds"]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged; remove {out} and start anew") from None
     if differing:
         raise ValueError(f"{out} holds labels made with other settings: "
@@ -383,21 +370,22 @@ def make_labels(config):
     refuse_changes(config.out, settings_of(
         config, torch.full((len(classes),), config.threshold), len(samples), classes))
     thresholds = class_thresholds(models, samples, config, len(classes), device, rank, world)
-    if rank == 0:
-        with written(Path(config.out) / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(
-                settings_of(config, thresholds, len(samples), classes), indent=1) + "\n")
-    if world > 1:
-        dist.barrier()                       # labels only in a folder that says how they were made
-    left = [s for s in samples[rank::world]
-            if read_statistics(label_path(config.out, config.data, s.image)) is None]
-    say(f"{config.out}: {len(samples)} images of {' '.join(config.pools)}, {len(left)} to label on "
-        f"rank 0 of {world}")
-    bad = torch.tensor(len(label_pool(models, left, thresholds, config, len(classes), device)),
-                       device=device)
-    if world > 1:
-        dist.all_reduce(bad)
-    rows = gather_rows(config.out, config.data, samples, classes) if rank == 0 else None
+    with hold(config.out, rank):
+        if rank == 0:
+            with whole_file(Path(config.out) / SETTINGS) as temporary:
+                temporary.write_text(json.dumps(
+                    settings_of(config, thresholds, len(samples), classes), indent=1) + "\n")
+        if world > 1:
+            dist.barrier()                   # labels only in a folder that says how they were made
+        left = [s for s in samples[rank::world]
+                if read_statistics(label_path(config.out, config.data, s.image)) is None]
+        say(f"{config.out}: {len(samples)} images of {' '.join(config.pools)}, {len(left)} to "
+            f"label on rank 0 of {world}")
+        bad = torch.tensor(len(label_pool(models, left, thresholds, config, len(classes), device)),
+                           device=device)
+        if world > 1:
+            dist.all_reduce(bad)
+        rows = gather_rows(config.out, config.data, samples, classes) if rank == 0 else None
     say(f"{len(samples) - int(bad)} labels written, {int(bad)} images skipped as unreadable")
     end_processes()
     return rows

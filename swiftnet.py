@@ -136,6 +136,9 @@ def ladder_width(backbone):
 def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretrained=None,
           drop_path=0.0, layer_scale=1e-6):
     """SwiftNet on a backbone of convnext.SIZES. `pretrained` as in convnext.load_pretrained."""
+    if not (1 <= levels <= 8 and 0 <= (width or 0) <= 4096 and 1 <= num_classes <= 2 ** 16):
+        raise ValueError(f"{levels} levels, width {width}, {num_classes} classes: expected levels "
+                         "in 1..8, width up to 4096, classes up to 65536")
     features = convnext(backbone, pretrained, drop_path, layer_scale)
     return SwiftNet(features, num_classes, width or ladder_width(backbone), levels)
 
@@ -152,7 +155,10 @@ def read_checkpoint(path):
     """
     state = read_tensors(path)
     wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
-    if wrong or not all(isinstance(value, torch.Tensor) for value in state["model"].values()):
+    # A tensor that is larger than its storage repeats numbers: a few bytes that ask for gigabytes.
+    if wrong or not all(isinstance(value, torch.Tensor)
+                        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+                        for value in state["model"].values()):
         raise ValueError(f"{path} is no checkpoint of train.py (it lacks "
                          f"{', '.join(wrong) or 'tensors'}); ImageNet weights go to --pretrained")
     return state
@@ -162,6 +168,11 @@ def load_checkpoint(path, device="cpu"):
     """Model in eval mode and the state dict (read_checkpoint) of a checkpoint of train.py."""
     state = read_checkpoint(path)
     try:
+        with torch.device("meta"):                       # no memory before the shapes are right
+            expected = build(**state["architecture"]).state_dict()
+        for name in expected.keys() & state["model"].keys():
+            if expected[name].shape != (found := state["model"][name].shape):
+                raise ValueError(f"{name} is {tuple(found)}, not {tuple(expected[name].shape)}")
         model = build(**state["architecture"])
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError) as error:

@@ -2,18 +2,24 @@
 
     python test_all.py                        all quick tests
     python test_all.py LossTest.test_pixel    one of them
-    python test_all.py --slow                 the long ones too: the whole demo, and the domain gap
+    python test_all.py --slow                 the long ones too: the whole demo, a hundred kills
+    python test_all.py --mutations 30         break the code, one place at a time: is it noticed?
 
 Needs torch, numpy and pillow, two CPU cores, no data and no network.
 """
 
+import argparse
+import ast
 import contextlib
+import csv
+import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -22,8 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import unittest
 import zipfile
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -1598,7 +1606,147 @@ def kill_tree(pid):
             os.kill(member, signal.SIGKILL)
 
 
-class ResumeTest(Temporary):
+# What the kill tests start in the place of a script: the same on a network of four blocks. While a
+# file "slow" lies beside it, checkpoints are written slowly and "inside" lies there meanwhile.
+SLOW_WRITER = """
+import io, os, sys, time
+from pathlib import Path
+import torch
+import convnext, data, pseudolabel, train
+
+convnext.SIZES["convnext_atto"] = ((1, 1, 1, 1), (8, 16, 24, 32))
+here, save, replace = Path(__file__).parent, torch.save, os.replace
+
+
+def slow_save(state, file):
+    buffer = io.BytesIO()
+    save(state, buffer)
+    half = len(buffer.getvalue()) // 2
+    if (here / "slow").exists():
+        (here / "inside").touch()
+        file.write(buffer.getvalue()[:half])
+        file.flush()
+        time.sleep(0.15)
+        file.write(buffer.getvalue()[half:])
+    else:
+        file.write(buffer.getvalue())
+
+
+def slow_replace(source, target):
+    if (here / "inside").exists() or Path(target).suffix == ".png":
+        time.sleep(0.05 if Path(target).suffix == ".png" else 0.15)
+    replace(source, target)
+    (here / "inside").unlink(missing_ok=True)
+
+
+torch.save, os.replace = slow_save, slow_replace
+script = {"train": train, "pseudolabel": pseudolabel}[sys.argv.pop(1)]
+data.run_main(script.main)
+"""
+
+
+def members(word):
+    """{pid: pid of its parent} of the processes that have `word` on their command line."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (stat.parent / "cmdline").read_bytes():
+                found[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    return found
+
+
+class RunTest(Temporary):
+    """A test that starts the driver above, kills it, and looks into run folders."""
+
+    def setUp(self):
+        super().setUp()
+        self.driver = self.folder / "driver.py"
+        self.driver.write_text(SLOW_WRITER)
+        self.slowest = {}
+
+    def start(self, processes, script, arguments, out):
+        with open(f"{out}.txt", "ab") as output:
+            return subprocess.Popen(command(self.driver, script, *arguments, "--out", out,
+                                            processes=processes),
+                                    env=environment(), stdout=output, stderr=output)
+
+    def finish(self, processes, script, arguments, out):
+        code = self.start(processes, script, arguments, out).wait(300)
+        self.assertEqual(code, 0, Path(f"{out}.txt").read_text()[-3000:])
+
+    def wait(self, process, condition, seconds=120):
+        """Whether `condition` comes true while the process lives; fails after many seconds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if process.poll() is not None:
+                return False
+            self.assertLess(time.monotonic(), deadline, "neither progress nor an end")
+            time.sleep(0.01)
+        return True
+
+    def kill(self, kind, process, out, random):
+        """Kill what `kind` says, and wait until all processes have ended by themselves."""
+        family = members(str(out))
+        ranks = [pid for pid, parent in family.items() if parent == process.pid]
+        loaders = [pid for pid, parent in family.items() if parent in ranks]
+        if process.args[1] != "-m":                        # no torchrun: its children load
+            loaders, ranks = ranks, []
+        doomed = {"loader": loaders, "rank": ranks, "launcher": [process.pid]}.get(kind)
+        doomed = [random.choice(doomed)] if doomed else list(family)
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        while members(str(out)) or process.poll() is None:
+            self.assertLess(time.monotonic() - began, 30, f"{kind}: some do not end")
+            time.sleep(0.02)
+        self.slowest[kind] = max(self.slowest.get(kind, 0), time.monotonic() - began)
+
+    def small_run(self, steps):
+        """Arguments of train.py for eight small images; two steps are an epoch."""
+        Fixtures.custom(self.folder, images=8, size=(40, 40))
+        return ("--recipe", "camvid", "--data", self.folder, "--train", "custom", "--val", "custom",
+                "--crop", 96, "--levels", 2, "--width", 8, "--batch", 4, "--batch-per-process", 1,
+                "--steps", steps, "--save-every", 3, "--log-every", 1, "--val-every", 4,
+                "--drop-path", 0.3, "--workers", 1)
+
+    def log(self, run):
+        path = run / "log.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def steps(self, run):
+        return [{k: v for k, v in r.items() if k != "seconds"}
+                for r in self.log(run) if "step" in r]
+
+    def assert_same(self, a, b):
+        if isinstance(a, dict):
+            self.assertEqual(a.keys(), b.keys())
+            for key in a:
+                self.assert_same(a[key], b[key])
+        elif isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b))
+        else:
+            self.assertEqual(a, b)
+
+    def assert_same_run(self, calm, killed, total):
+        """Weights, optimizer, scores and log of two finished runs, bit for bit; times aside."""
+        a, b = (torch.load(run / "last.pt", weights_only=True) for run in (calm, killed))
+        self.assertEqual(a["step"], total)
+        self.assert_same(a["model"], b["model"])
+        self.assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
+        for key in ("step", "best", "untrained", "scaler", "data", "world", "dtype"):
+            self.assertEqual(a[key], b[key], key)
+        best = [torch.load(run / "best.pt", weights_only=True) for run in (calm, killed)]
+        self.assertEqual(best[0]["step"], best[1]["step"])
+        self.assert_same(best[0]["model"], best[1]["model"])
+        self.assertEqual(self.steps(calm), self.steps(killed))         # no step twice, none missing
+
+
+class ResumeTest(RunTest):
     """A run killed in the middle of an epoch and continued ends in the very bits of an
     undisturbed one."""
 
@@ -1624,45 +1772,14 @@ class ResumeTest(Temporary):
         self.assertIn(stopped, range(5, 14))               # 4 steps are an epoch: killed inside one
         subprocess.run(command("train.py", *self.arguments(killed), processes=processes),
                        check=True, **quiet)
-        a, b = (torch.load(run / "last.pt", weights_only=True) for run in (calm, killed))
-        self.assertEqual(a["step"], 14)
-        self.assert_same(a["model"], b["model"])
-        self.assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
-        for key in ("best", "untrained", "scaler", "data", "world", "dtype"):
-            self.assertEqual(a[key], b[key], key)
-        best = [torch.load(run / "best.pt", weights_only=True) for run in (calm, killed)]
-        self.assertEqual(best[0]["step"], best[1]["step"])
-        self.assert_same(best[0]["model"], best[1]["model"])
+        self.assert_same_run(calm, killed, 14)
         self.assertIn("restart", " ".join(" ".join(r) for r in self.log(killed)))
-        self.assertEqual(self.steps(calm), self.steps(killed))         # no step twice, none missing
 
     def wait_for_step(self, run, step):
         deadline = time.monotonic() + 120
         while (max((r.get("step", 0) for r in self.log(run)), default=0) < step
                and time.monotonic() < deadline):
             time.sleep(0.01)
-
-    def log(self, run):
-        path = run / "log.jsonl"
-        records = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
-
-    def steps(self, run):
-        return [{k: v for k, v in r.items() if k != "seconds"}
-                for r in self.log(run) if "step" in r]
-
-    def assert_same(self, a, b):
-        if isinstance(a, dict):
-            self.assertEqual(a.keys(), b.keys())
-            for key in a:
-                self.assert_same(a[key], b[key])
-        elif isinstance(a, torch.Tensor):
-            self.assertTrue(torch.equal(a, b))
-        else:
-            self.assertEqual(a, b)
 
     def test_sigterm_and_lock(self):
         """SIGTERM saves at the next step boundary; meanwhile no second run may use the folder."""
@@ -1695,6 +1812,168 @@ class ResumeTest(Temporary):
 
     def test_two_processes(self):
         self.kill_and_resume(2)
+
+
+class FaultTest(RunTest):
+    """What goes wrong around a run: one line says so, and the last checkpoint stays whole."""
+
+    def run_main(self, script, arguments, code=2):
+        """The message of a script that ends by `code`."""
+        err = io.StringIO()
+        with mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)]), \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), \
+                mock.patch.dict(convnext.SIZES, convnext_atto=((1, 1, 1, 1), (8, 16, 24, 32))), \
+                self.assertRaises(SystemExit) as stop:
+            data.run_main(script.main)
+        self.assertEqual((stop.exception.code, err.getvalue().count("\n")), (code, code == 2),
+                         err.getvalue())
+        return err.getvalue()
+
+    def at_step(self, step, action):
+        """Train.Steps, with an action before one step."""
+        plain = train.Steps.__call__
+
+        def steps(self, number, images, ids):
+            if number == step:
+                action()
+            plain(self, number, images, ids)
+        return mock.patch.object(train.Steps, "__call__", steps)
+
+    def test_full_disk(self):
+        """The disk fills while a checkpoint, or a line of the log, is written."""
+        arguments, run = (*self.small_run(8), "--workers", 0, "--out", self.folder / "run"), \
+            self.folder / "run"
+
+        def full(name):                      # what is written there next finds no space left
+            (run / name).unlink(missing_ok=True)
+            (run / name).symlink_to("/dev/full")
+
+        def limit():                         # files end after 100 kB; a checkpoint has 476
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        last = f".last.pt.{os.getpid()}.tmp"
+        for step, action, words in (
+                (2, lambda: full(last), "run/last.pt cannot be written: No space left on device"),
+                (2, limit, "run/last.pt cannot be written: File too large"),
+                (4, lambda: full(f".best.pt.{os.getpid()}.tmp"), "run/best.pt cannot be .*: No"),
+                (7, lambda: full("log.jsonl"), "run/log.jsonl cannot be written: No space left")):
+            before = (run / "last.pt").read_bytes() if run.exists() else None
+            try:
+                with self.at_step(step, action):
+                    message = self.run_main(train, arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            self.assertRegex(message, words + ".*; the same command goes on once it can, or name "
+                             "another folder. What was written before is whole")
+            self.assertEqual([*run.glob(".*.tmp")], [])
+            state = swiftnet.read_checkpoint(run / "last.pt")        # whole
+            self.assertLess(state["step"], 8)
+            if before and action is limit:
+                self.assertEqual((run / "last.pt").read_bytes(), before)
+        (run / "log.jsonl").unlink()
+
+    def test_forbidden_folders(self):
+        """As a user without rights: a folder that cannot be written, one that cannot be read."""
+        arguments = (*self.small_run(2), "--workers", 0, "--out", self.folder / "run")
+        with mock.patch.object(train.Steps, "__call__", side_effect=KeyboardInterrupt):
+            self.run_main(train, arguments, 130)                   # leaves an unfinished run
+        self.folder.chmod(0o755)
+        for mode, words in ((0o555, "cannot be written: Permission denied; .*another folder"),
+                            (0o000, "Permission denied: '.*run/last.pt'")):
+            (self.folder / "run").chmod(mode)
+            said = self.folder / f"said{mode}"
+            said.touch()
+            said.chmod(0o666)
+            child = os.fork()
+            if child == 0:                                     # root may do anything: become nobody
+                try:
+                    if os.getuid() == 0:
+                        os.setuid(65534)
+                    said.write_text(self.run_main(train, arguments))
+                finally:
+                    os._exit(0)
+            os.waitpid(child, 0)
+            self.assertRegex(said.read_text(), words)
+            (self.folder / "run").chmod(0o755)
+
+    def test_processes_that_die(self):
+        """A loader worker, one process of two, torchrun: the others end by themselves, in 20
+        seconds, and the checkpoint is whole."""
+        random = np.random.default_rng(0)
+        arguments = (*self.small_run(10_000), "--val-every", 10_000)
+        for kind, processes, words in (
+                ("loader", 1, r"driver.py: rank 0 stops: DataLoader worker \(pid.*\) .*"),
+                ("rank", 2, "rank . stops, as another process ended|stopped by SIGTERM"),
+                ("launcher", 2, "torchrun is gone; this process stops too")):
+            with self.subTest(kind):
+                out = self.folder / kind
+                process = self.start(processes, "train", arguments, out)
+                self.assertTrue(self.wait(process, lambda: len(self.steps(out)) > 3))
+                self.kill(kind, process, out, random)
+                output = Path(f"{out}.txt").read_text()
+                self.assertRegex(output, words)
+                self.assertNotIn('train.py", line', output)                  # no traceback of ours
+                self.assertLess(self.slowest[kind], 20)
+                swiftnet.read_checkpoint(out / "last.pt")
+                self.assertEqual([*out.glob(".*.tmp")], [])
+        print("; ".join(f"{kind} killed: the rest ended after {seconds:.1f} s"
+                        for kind, seconds in self.slowest.items()), flush=True)
+
+    def test_fp16_overflow(self):
+        """One overflow costs a step and halves the scale; a storm of them ends in a message."""
+        torch.manual_seed(0)
+        model = tiny_model(levels=1).train()
+        config, cpu = train.Config(batch=1, batch_per_process=1), torch.device("cpu")
+        optimizer = train.make_optimizer(model, config, cpu)
+        steps = train.Steps(model, model, optimizer, torch.amp.GradScaler("cpu"), config, cpu, None,
+                            0, 1, 1000)
+        images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+        ids, weight = torch.randint(0, 5, (1, 64, 64), dtype=torch.uint8), model.head[2].weight
+        before, factor = weight.detach().clone(), math.inf
+        weight.register_hook(lambda gradient: gradient * factor)
+        steps(0, images, ids)
+        self.assertTrue(torch.equal(weight, before))
+        self.assertEqual(steps.scaler.get_scale(), 2.0 ** 15)
+        steps.mean_loss(0)
+        factor = 1.0
+        steps(1, images, ids)
+        self.assertFalse(torch.equal(weight, before))
+        before, factor = weight.detach().clone(), math.inf
+        for step in range(2, 40):
+            steps(step, images, ids)
+            if steps.scaler.get_scale() >= train.LEAST_SCALE:
+                steps.mean_loss(step)
+        self.assertTrue(torch.equal(weight, before))
+        with self.assertRaisesRegex(ValueError, "gradients overflow float16 .*--precision fp32"):
+            steps.mean_loss(39)
+
+    def test_broken_cache_of_class_counts(self):
+        """Whatever lies in its place, classes are counted anew and the file is written again."""
+        Fixtures.custom(self.folder, images=2)
+        samples = data.gather(self.folder, ("custom",), "train", True)
+        good = data.class_counts(samples, 3, folder=self.folder)
+        path, = self.folder.glob(".class-counts-*.npy")
+        raw, array, archive, harm = path.read_bytes(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+        np.save(array, np.zeros((2, 4), np.int64))
+        np.savez(archive, a=good)
+        np.save(harm, np.array([Harmful()], object), allow_pickle=True)
+        for content in (b"", b"text", raw[:-8], raw[:20], array.getvalue(), archive.getvalue(),
+                        raw.replace(b"<i8", b"<f8"), raw.replace(b"<i8", b"|O "),
+                        raw.replace(b"(2, 3), }         ", b"(2000000000, 3), }"),
+                        b"PK\x03\x04" + raw, raw.replace(b"'descr'", b"((((((("),
+                        harm.getvalue()):
+            path.write_bytes(content)
+            with memory_limit(2 ** 30), contextlib.redirect_stdout(io.StringIO()), \
+                    contextlib.chdir(self.folder):
+                self.assertTrue((data.class_counts(samples, 3, folder=self.folder) == good).all())
+            self.assertEqual(path.read_bytes(), raw)
+        self.assertFalse((self.folder / "harmed").exists())
+
+    def test_log_of_rubbish(self):
+        """Lines that are no records are left out when a run is continued."""
+        path = self.folder / "log.jsonl"
+        path.write_bytes(b'{"config": 1}\n[1]\n7\n\xff\xfe\n' + DEEP + b'\n{"step": "x"}\nnull\n\n'
+                         b'{"step": 3}\n{"step": 9}\n{"step"')
+        self.assertEqual(train.kept_lines(path, 3), ['{"config": 1}', '{"step": 3}'])
 
 
 class TrainTest(Temporary):
@@ -1924,7 +2203,9 @@ class TrainTest(Temporary):
             return train.Config(**{"data": "d", "train": ("x",), "val": ("x",), **changes})
 
         def write(folder, step, settings):
-            write_checkpoint(Path(folder) / "last.pt", step=step, total=9, config=vars(settings))
+            write_checkpoint(Path(folder) / "last.pt", step=step, total=9, config=vars(settings),
+                             optimizer={}, scaler={}, best=0.0, untrained={}, data="", world=1,
+                             dtype="")
         with contextlib.chdir(self.folder):
             self.assertEqual(train.choose_run(config()), (Path("runs/driving"), None))
             write("runs/driving", 4, config())
@@ -2026,7 +2307,8 @@ class PseudolabelTest(Temporary):
 
     def files(self, folder):
         return {path.relative_to(self.folder / folder): path.read_bytes()
-                for path in (self.folder / folder).rglob("*") if path.is_file()}
+                for path in (self.folder / folder).rglob("*")
+                if path.is_file() and path.name != ".lock"}
 
     def test_labels_are_thresholded_predictions(self):
         """Two processes write the very files of one;
@@ -2168,7 +2450,7 @@ class PseudolabelTest(Temporary):
                          (2, "pseudolabel.py: --out file is a file; expected a folder\n"))
         result = self.run_script(*arguments, "--out", "file/in")
         self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
-        self.assertRegex(result.stderr, "file/in/settings.json cannot be written: Not a directory")
+        self.assertRegex(result.stderr, "file/in cannot be written: Not a directory")
         self.assertEqual((self.folder / "file").read_text(), "mine")
         self.assertEqual(self.run_script(*arguments, "--out", "good").returncode, 0)
         good = self.files("good")
@@ -2754,7 +3036,7 @@ class EvaluateScriptTest(Temporary):
 
 # --- mistakes of users --------------------------------------------------------------------------
 
-class MistakeTest(Temporary):
+class Refusals(Temporary):
     """One line that says what was found and what to do, exit status 2,
     nothing written is touched."""
 
@@ -2774,12 +3056,15 @@ class MistakeTest(Temporary):
         self.assertRegex(message, words)
         after = self.contents()
         self.assertTrue(all(after.get(path) == content for path, content in before.items()))
+        self.assertEqual([*self.folder.rglob(".*.tmp")], [])
 
     def contents(self):
         return {path: (path.stat().st_mtime_ns, path.read_bytes())
                 for path in sorted(self.folder.rglob("*"))
                 if path.is_file() and path.name != ".lock"}
 
+
+class MistakeTest(Refusals):
     def setUp(self):
         super().setUp()
         Fixtures.custom(self.folder / "data", images=4, size=(80, 60))
@@ -2892,6 +3177,640 @@ class MistakeTest(Temporary):
                 mock.patch("torch.cuda.device_count", return_value=2):
             self.fails(train, [*self.scratch],
                        "8 processes for 2 GPUs; start with --nproc_per_node=2")
+
+
+# --- the catalogue of bad input ------------------------------------------------------------------
+
+def png(width, height, mode=2, depth=8, body=b"", before=b""):
+    """Bytes of a PNG whose header says what it likes. body: raw zlib data."""
+    def chunk(name, content):
+        return (len(content).to_bytes(4, "big") + name + content
+                + zlib.crc32(name + content).to_bytes(4, "big"))
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([depth, mode, 0, 0, 0])
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", body)
+            + chunk(b"IEND", b""))
+
+
+def bomb(width, height, mode):
+    """A real one: megabytes of zeros in a few kilobytes."""
+    row, packer = bytes(1 + width * {0: 1, 2: 3}[mode]), zlib.compressobj(9)
+    return png(width, height, mode, body=b"".join(packer.compress(row) for _ in range(height))
+               + packer.flush())
+
+
+def safetensors(header, data=b"", size=None):
+    """Bytes of a safetensors file with any header, and any length said of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if size is None else size).to_bytes(8, "little") + text + data
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"stem.0.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+def saved(content):
+    """Bytes that torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def zipped(compression, **records):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+class Harmful:
+    """Its unpickling writes a file: what must never happen."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def as_folder(path):
+    path.mkdir()
+
+
+def as_loop(path):
+    path.symlink_to(path.name)
+
+
+def as_pipe(path):
+    os.mkfifo(path)
+
+
+def as_dangling(path):
+    path.symlink_to("nowhere at all")
+
+
+def as_zeros(path):
+    path.symlink_to("/dev/zero")
+
+
+def flipped(path):
+    """A good checkpoint with one bit of a tensor turned."""
+    raw = bytearray(saved(torch.load(CatalogueTest.good / "run/last.pt")))
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def cut(path):
+    path.write_bytes((CatalogueTest.good / "run/last.pt").read_bytes()[:-1000])
+
+
+def changed(inside=(), **changes):
+    """A good checkpoint with other contents; `inside` go into its "model"."""
+    def write(path):
+        state = {**torch.load(CatalogueTest.good / "run/last.pt"), **changes}
+        state["model"].update(inside)
+        path.write_bytes(saved(state))
+    return write
+
+
+DEEP = b"[" * 200_000
+JPEG = io.BytesIO()
+Image.new("RGB", (80, 60), "red").save(JPEG, "JPEG")
+# What an image file may be instead of an image; the words are Pillow's or ours, after the name.
+BROKEN_IMAGES = {
+    "empty": (b"", "cannot be read: cannot identify"),
+    "text": (b"hello, this is no image", "cannot identify"),
+    "cut short": (bomb(80, 60, 2)[:-40], "cannot be read: "),
+    "cut in its header": (bomb(80, 60, 2)[:20], "cannot be read: "),
+    "a JPEG cut short": (JPEG.getvalue()[:-200], "cannot be read: |mode RGB"),
+    "another format": (b"GIF89a" + bytes(40), "cannot identify"),
+    "PostScript, which Pillow would run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                                           "cannot identify"),
+    "16 bit": (png(80, 60, 0, 16, zlib.compress(bytes(161 * 60))), "mode I;16, expected"),
+    "of the largest size": (png(2 ** 31 - 1, 2 ** 31 - 1), "more than 67 megapixels"),
+    "of no size": (png(0, 60), "cannot be read: "),
+    "a bomb": (bomb(9000, 8000, 0), "9000x8000 is more than 67 megapixels"),
+    "a bomb of text": (png(80, 60, 0, body=zlib.compress(bytes(81 * 60)), before=(
+        lambda raw: len(raw).to_bytes(4, "big") + b"zTXt" + raw
+        + zlib.crc32(b"zTXt" + raw).to_bytes(4, "big"))(
+            b"a\0\0" + zlib.compress(bytes(2 ** 26)))), "cannot be read: Decompressed data"),
+    "of a wrong checksum": (bomb(80, 60, 2)[:50] + b"x" + bomb(80, 60, 2)[51:],
+                            "cannot be read: "),
+    "a folder": (as_folder, "it is no file"),
+    "a pipe": (as_pipe, "it is no file"),
+    "an endless device": (as_zeros, "it is no file"),
+    "a link to itself": (as_loop, "cannot be read: .*symbolic links"),
+    "a link to nothing": (as_dangling, "is missing .a dangling link"),
+}
+IMAGE = "data/custom/images/val/frame0 of mine.png"
+LABEL = "data/custom/labels/val/frame0 of mine.png"
+MASK = "data/acdc/gt/fog/val/GOPR0475/GOPR0475_frame_000041_gt_invIds.png"
+POOLED = "data/pool/0.png"
+PREDICTED = "predicted/frame0 of mine.png"
+TRAIN = ("--recipe", "camvid", "--data", "data", "--train", "custom", "--val", "custom", "--crop",
+         96, "--levels", 2, "--width", 8, "--batch", 2, "--batch-per-process", 2, "--steps", 3)
+EVALUATE = ("--checkpoint", "three.pt", "--data", "data", "--val", "custom", "--workers", 0)
+SCORE = ("--score", "predicted", "--data", "data", "--val", "custom")
+POOL = ("--checkpoint", "nineteen.pt", "--data", "data", "--pools", "data/pool", "--out", "pseudo",
+        "--workers", 0)
+PSEUDO = ("--recipe", "camvid", "--data", "data", "--train", "acdc:fog", "--val", "acdc:fog",
+          "--pseudo", "pseudo", "--crop", 96, "--levels", 2, "--width", 8, "--batch", 2,
+          "--steps", 1)
+# A checkpoint instead of a good one; the words come after its name.
+BROKEN_CHECKPOINTS = {
+    "empty": (b"", "no torch file"),
+    "text": (b"not a checkpoint at all", "no torch file"),
+    "a zip of something else": (zipped(zipfile.ZIP_STORED, a="b"), "no torch file"),
+    "a zip of numpy": (zipped(zipfile.ZIP_STORED, **{"a.npy": bytes(80)}), "no torch file"),
+    "a compressed zip": (zipped(zipfile.ZIP_DEFLATED, **{"data.pkl": bytes(2 ** 20)}),
+                         "compressed, as torch never does"),
+    "a list": (saved([1, 2]), "holds a list; expected a dict of tensors"),
+    "a path": (saved({"model": Path("x")}), "no torch file of tensors and plain values.*pathlib"),
+    "a module": (saved({"model": nn.Linear(1, 1)}), "no torch file of tensors.*Linear"),
+    "harmful": (saved({"model": Harmful()}), "no torch file of tensors.* it holds a posix.system"),
+    "harmful, of the old format": (pickle.dumps(Harmful()), "no torch file"),
+    "of another program": (saved({"state_dict": {}}), "no checkpoint of train.py .it lacks model"),
+    "cut short": (cut, "no torch file"),
+    "of one flipped bit": (flipped, r"is damaged: its record \w+/data/\d+ does not match"),
+    "without a step": (changed(step="x"), "it lacks step"),
+    "of lists": (changed({"head.2.bias": [1, 2]}), "it lacks tensors"),
+    "a tensor that repeats itself": (changed({"head.2.bias": torch.ones(1).expand(2 ** 40)}),
+                                     "it lacks tensors"),
+    "a folder": (as_folder, "is no file"),
+    "a pipe": (as_pipe, "is no file"),
+    "an endless device": (as_zeros, "is no file"),
+    "a link to itself": (as_loop, "Too many levels of symbolic links"),
+}
+BROKEN_SAFETENSORS = {
+    "a header beyond the file": (safetensors(b"{}", size=2 ** 62), "header of 4611686018427387904"),
+    "a header of 99 MB, said": (safetensors(b"{}", size=99_000_000), "header of 99000000 bytes"),
+    "no JSON": (safetensors(b"{" + b"x" * 20), "unreadable safetensors header"),
+    "nested beyond measure": (safetensors(b'{"a":' + DEEP), "unreadable safetensors header"),
+    "not UTF-8": (safetensors(b'{"\xff\xfe": 1}'), "unreadable safetensors header"),
+    "no table": (safetensors({"a": 3}), "unreadable safetensors header"),
+    "no offsets": (safetensors({"a": {"dtype": "F32", "shape": [1]}}), "unreadable safeten"),
+    "three offsets": (safetensors(entry(offsets=(0, 4, 8)), bytes(8)), "unreadable safetensors"),
+    "a shape that is a number": (safetensors(entry(shape=2), bytes(8)), "unreadable safetensors"),
+    "an unknown type": (safetensors(entry(dtype="F4"), bytes(8)), "unreadable safetensors"),
+    "a type that is a list": (safetensors(entry(dtype=["F32"]), bytes(8)), "unreadable safeten"),
+    "a negative shape": (safetensors(entry((-2, -1)), bytes(8)), "lies outside the file"),
+    "a shape of truths": (safetensors(entry((True, 2)), bytes(8)), "lies outside the file"),
+    "a shape of fractions": (safetensors(entry((0.5, 4)), bytes(8)), "lies outside the file"),
+    "an absurd shape": (safetensors(entry((2 ** 40, 2 ** 40)), bytes(8)), "lies outside the file"),
+    "a shape of 2^62 nothings": (safetensors(entry((0, 2 ** 62), (0, 0))), "lies outside the file"),
+    "a terabyte": (safetensors(entry((2 ** 38,)), bytes(8)), "has 8 bytes, shape .* needs"),
+    "offsets backwards": (safetensors(entry((0,), (8, 0)), bytes(8)), "lies outside the file"),
+    "data cut short": (safetensors(entry(), bytes(7)), "lies outside the file; damaged or incompl"),
+    "no ConvNeXt": (safetensors(entry(), bytes(8)), "does not fit|no ConvNeXt in the layout"),
+}
+HEADER = "image,label,pool,kept,confidence,selected,road\n"
+BROKEN_MANIFESTS = {
+    "empty": (b"", "expected columns image and label, found none"),
+    "binary": (bytes(range(128, 256)), "can't decode byte"),
+    "of zero bytes": (bytes(100), "manifest.csv cannot be used"),
+    "without columns": (b"a,b\n1,2\n", "expected columns image and label, found a, b"),
+    "with one huge field": (b"image,label\n" + b"x" * 200_000 + b",y\n", "field larger than"),
+    "an absolute image": (HEADER + "/etc/passwd,0.png,p,1,1,1,9\n", "line 2: .* must be paths"),
+    "an image above the root": (HEADER + "pool/../../x.png,0.png,p,1,1,1,9\n",
+                                "line 2: .* must be paths below"),
+    "an absolute label": (HEADER + "pool/0.png,/etc/passwd,p,1,1,1,9\n", "line 2: .* must be path"),
+    "a label above the folder": (HEADER + "pool/0.png,../x.png,p,1,1,1,9\n",
+                                 "line 2: .* must be paths below"),
+    "a row cut short": (HEADER + "pool/0.png\n", "line 2: .* must be paths below"),
+    "a row too long": (HEADER + "pool/0.png,0.png,p,1,1,1,9,extra\n", "line 2: .* must be path"),
+    "nothing selected": (HEADER + "pool/0.png,0.png,p,1,1,0,9\n", "no train images of pseudo"),
+    "a label that is not there": (HEADER + "pool/0.png,no.png,p,1,1,1,9\n",
+                                  "pseudo/no.png is missing"),
+    "an image of no name": (HEADER + "\0,0.png,p,1,1,1,9\n", "cannot be used|cannot be read"),
+    "a folder": (as_folder, "unknown dataset 'pseudo'"),
+}
+
+
+def catalogue():
+    """Yield (title, script, arguments, {file: what it becomes}, words of the message)."""
+    for script in (train, evaluate, pseudolabel, data):           # every flag with a wrong type
+        for item in dataclasses.fields(script.Config):
+            name, default = "--" + item.name.replace("_", "-"), item.default
+            kind = item.metadata.get("type") or type(
+                default[0] if default and isinstance(default, tuple) else default)
+            if isinstance(default, bool):
+                wrong, words = [f"{name}=maybe"], "ignored explicit argument 'maybe'"
+            elif "choices" in item.metadata:
+                wrong, words = [name, "nonsense"], "invalid choice: 'nonsense'"
+            elif kind in (int, float):
+                wrong, words = [name, "many"], f"argument {name}: invalid {kind.__name__} value"
+            elif item.metadata.get("nargs") != "?":
+                wrong, words = [name], f"argument {name}: (expected|invalid)"
+            else:
+                continue
+            yield f"{script.__name__} {' '.join(wrong)}", script, wrong, {}, words
+            if kind is float and "choices" not in item.metadata:
+                yield (f"{script.__name__} {name} nan", script, [name, "nan"], {},
+                       f"{name} must be a finite number, found nan")
+    for script, words, *arguments in (                            # out of range, or in conflict
+            (train, "--batch must be at least 1, found 0", "--batch", 0),
+            (train, "--batch must be at most 100000", "--batch", 10 ** 9),
+            (train, "--batch-per-process must be at least 1", "--batch-per-process", -1),
+            (train, "--levels must be at least 1", "--levels", 0),
+            (train, "--levels must be at most 8", "--levels", 10 ** 12),
+            (train, "--epochs must be at least 1", "--epochs", 0),
+            (train, "--epochs must be at most 1000000", "--epochs", 10 ** 30),
+            (train, "--steps must be at most 1000000000", "--steps", 10 ** 30),
+            (train, "--width must be at most 4096", "--width", 10 ** 9),
+            (train, "--workers must be at most 256", "--workers", 10 ** 6),
+            (train, "--warmup must not be negative", "--warmup", -5),
+            (train, "--save-every must be at least 1", "--save-every", 0),
+            (train, "--log-every must be at least 1", "--log-every", 0),
+            (train, "--val-every must be at least 1", "--val-every", 0),
+            (train, "--skip-bad must not be negative", "--skip-bad", -1),
+            (train, "--seed must not be negative", "--seed", -1),
+            (train, "--weight-decay must not be negative", "--weight-decay", -0.1),
+            (train, "--lr and --backbone-lr above 0", "--lr", 0),
+            (train, "--lr and --backbone-lr above 0", "--backbone-lr", -1),
+            (train, "0 < --bn-momentum <= 1", "--bn-momentum", 0),
+            (train, "0 <= --drop-path < 1", "--drop-path", 1),
+            (train, "0 <= --jitter < 1", "--jitter", 1),
+            (train, "0 <= --uniform-classes <= 1", "--uniform-classes", 1.5),
+            (train, "--zoom takes two numbers", "--zoom", 1, 2, 3),
+            (train, "--zoom takes two numbers", "--zoom", 0, 1),
+            (train, "not above the coarsest stride, 512", "--levels", 5, "--crop", 512),
+            (train, "--demo and --recipe camvid exclude", "--demo", "--recipe", "camvid"),
+            (train, "unrecognized arguments: surplus", "surplus"),
+            (train, "--train: expected at least one", *TRAIN, "--train"),
+            (train, "unknown dataset ''", *TRAIN, "--train", ""),
+            (train, "unknown dataset 'Ötztal'", *TRAIN, "--train", "Ötztal"),
+            (train, "expected a weight between 0 and 1000", *TRAIN, "--train", "custom*0"),
+            (train, "expected a weight between 0 and 1000", *TRAIN, "--train", "custom*much"),
+            (train, "expected a weight between 0 and 1000", *TRAIN, "--train", "custom*nan"),
+            (train, "custom train has nothing of mars", *TRAIN, "--train", "custom:mars"),
+            (train, "are named twice in custom custom", *TRAIN, "--train", "custom", "custom"),
+            (train, "have different classes", *TRAIN, "--val", "acdc"),
+            (train, "different classes and cannot be mixed", *TRAIN, "--train", "custom", "acdc"),
+            (train, "--data no such folder, ü: no such folder", "--data", "no such folder, ü"),
+            (train, "--data three.pt: no such folder", "--data", "three.pt"),
+            (train, "File name too long", "--data", "x" * 5000),
+            (train, "--data: expected one argument", "--data", "-x"),
+            (train, "--data -x: no such folder", "--data=-x"),
+            (train, "--out three.pt is a file", *TRAIN, "--out", "three.pt"),
+            (train, "three.pt/run cannot be written: Not a directory; .*name another folder",
+             *TRAIN, "--out", "three.pt/run"),
+            (train, "/proc/run cannot be written: No such file.*name another folder",
+             *TRAIN, "--out", "/proc/run"),
+            (train, "File name too long", *TRAIN, "--out", "x" * 300),
+            (train, "--resume runs/ü: there is no runs/ü/last.pt", "--resume", "runs/ü"),
+            (train, "--lr 0.001 there, 0.5 here", "--resume", "run", "--lr", 0.5),
+            (train, "--lr 0.001 there, 0.5 here", *TRAIN, "--out", "run", "--lr", 0.5),
+            (train, "--init .*: does not fit|does not fit", *TRAIN, "--init", "three.pt",
+             "--width", 16),
+            (train, "cannot fetch https://localhost:1/w.pth .*download it elsewhere", *TRAIN,
+             "--pretrained", "https://localhost:1/w.pth"),
+            (evaluate, "--temperature and --scales must be above 0", "--temperature", -1),
+            (evaluate, "--temperature and --scales must be above 0", "--scales", 0),
+            (evaluate, "--scales must be at most 16", *EVALUATE, "--scales", 10 ** 6),
+            (evaluate, "--tile must be a multiple of 512", "--tile", 500),
+            (evaluate, "--thresholds at least 2", "--thresholds", 1),
+            (evaluate, "--thresholds .* at most 100000", "--thresholds", 10 ** 12),
+            (evaluate, "--workers must not be negative", "--workers", -1),
+            (evaluate, "--images and --score exclude", "--images", "data", "--score", "predicted"),
+            (evaluate, "--panels-worst needs it", "--panels-worst"),
+            (evaluate, "--score needs the set", "--score", "predicted"),
+            (evaluate, "--submit knows acdc", *EVALUATE, "--submit", "mars", "x.zip"),
+            (evaluate, "no labels for its split 'test'|no test images", *EVALUATE, "--split",
+             "test"),
+            (evaluate, "no nonsense images of custom", *EVALUATE, "--split", "nonsense"),
+            (evaluate, "knows 19 classes .*not those of custom", *EVALUATE, "--checkpoint",
+             "nineteen.pt"),
+            (evaluate, "--images nowhere: no such folder", *EVALUATE, "--images", "nowhere"),
+            (evaluate, "three.pt/n.json cannot be written: (Not a dir|File exists)", *EVALUATE,
+             "--json", "three.pt/n.json"),
+            (evaluate, "three.pt/plots/.* cannot be written: (Not a|File exists)", *EVALUATE,
+             "--plots", "three.pt/plots"),
+            (pseudolabel, r"--threshold must lie in \[0, 1\]", "--threshold", 1.5),
+            (pseudolabel, r"--class-share must lie in \[0, 1\]", "--class-share", -1),
+            (pseudolabel, r"--min-kept must lie in \[0, 1\]", "--min-kept", 2),
+            (pseudolabel, "--temperature and --scales must be above 0", "--temperature", 0),
+            (pseudolabel, "--select not negative", "--select", -1),
+            (pseudolabel, "belong together", "--pools", "stf"),
+            (pseudolabel, "nothing to do", "--flip"),
+            (pseudolabel, "no images in pool 'cadc'", *POOL, "--pools", "cadc"),
+            (pseudolabel, "is not below the data root", *POOL, "--pools", "outside"),
+            (pseudolabel, "three.pt/x.* cannot be written: Not a directory", *POOL, "--out",
+             "three.pt/x"),
+            (data, "--data nowhere: no such folder", "--data", "nowhere"),
+            (data, "--workers must not be negative", "--workers", -1),
+            (data, "--show must not be negative", "--show", -1)):
+        yield " ".join(map(str, (script.__name__, *arguments[-2:])))[:60], script, arguments, {}, \
+            words
+    for title, (content, words) in BROKEN_IMAGES.items():
+        at = re.escape(IMAGE) + ".*" + words
+        yield f"image: {title}", evaluate, EVALUATE, {IMAGE: content}, at
+        first = "data/custom/images/train/frame0 of mine.png"
+        if title != "a bomb":
+            yield f"training image: {title}", train, TRAIN, {first: content}, \
+                re.escape(first) + ".*" + words
+        for name, path, arguments in (
+                ("label", LABEL, EVALUATE), ("prediction", PREDICTED, SCORE),
+                ("mask", MASK, ("--checkpoint", "nineteen.pt", "--data", "data", "--val",
+                                "acdc:fog", "--workers", 0))):
+            if title != "a link to nothing" or name != "prediction":
+                yield f"{name}: {title}", evaluate, arguments, {path: content}, \
+                    re.escape(path) + ".*(" + words + "|mode RGB)"
+    for title, path, content, arguments, words in (
+            ("label: unknown values", LABEL, pattern([77], 80, 60), EVALUATE, r"values \[77\]"),
+            ("label: another size", LABEL, pattern([0], 79, 60), EVALUATE, "79x60, its image"),
+            ("label: in colour", LABEL, picture(0, 80, 60), EVALUATE, "mode RGB, expected L or P"),
+            ("mask: values of 255", MASK, pattern([255]), (
+                "--checkpoint", "nineteen.pt", "--data", "data", "--val", "acdc:fog", "--workers",
+                0), "values up to 255; expected 0 .valid. and 1"),
+            ("prediction: unknown values", PREDICTED, pattern([77], 80, 60), SCORE,
+             "values that name no class"),
+            ("prediction: another size", PREDICTED, pattern([0], 9, 9), SCORE, "it is 9x9, expect"),
+            ("two files for one image", "data/custom/images/val/frame0 of mine.jpg",
+             JPEG.getvalue(), EVALUATE, "two files for one image"),
+            ("classes.txt: empty", "data/custom/classes.txt", b"", EVALUATE, "0 class names"),
+            ("classes.txt: binary", "data/custom/classes.txt", b"\xff\xfe\0a", EVALUATE,
+             "classes.txt cannot be used: .*can't decode"),
+            ("classes.txt: too many", "data/custom/classes.txt",
+             "".join(f"{i}\n" for i in range(300)), EVALUATE, "300 class names; expected 2 to 255"),
+            ("classes.txt: a folder", "data/custom/classes.txt", as_folder, EVALUATE,
+             "classes.txt is missing"),
+            ("settings of --images: of another run", "pictures/settings.json", b"{}",
+             (*EVALUATE, "--images", "data/pool"), "holds predictions of other settings"),
+            ("settings of --images: binary", "pictures/settings.json", b"\xff\xfe\0",
+             (*EVALUATE, "--images", "data/pool"), "holds predictions of other settings")):
+        yield title, evaluate, arguments, {path: content}, words
+    panoptic = "data/wilddash/panoptic.json"
+    wilddash = ("--checkpoint", "nineteen.pt", "--data", "data", "--val", "wilddash", "--split",
+                "train", "--workers", 0)
+    for title, content, words in (
+            ("empty", b"", "cannot be used"), ("nested", DEEP, "cannot be used: Recursion"),
+            ("a list", b"[]", "cannot be used"), ("binary", b"\xff\xfe", "can't decode"),
+            ("a category beyond bytes", json.dumps({"annotations": [{
+                "file_name": "at0002_100000.png", "segments_info": [
+                    {"id": 1, "category_id": 300}]}]}), "category 300"),
+            ("an id of words", json.dumps({"annotations": [{
+                "file_name": "at0002_100000.png", "segments_info": [
+                    {"id": "x", "category_id": 3}]}]}), "segment 'x'"),
+            ("missing", None, "is missing")):
+        yield f"panoptic.json: {title}", evaluate, wilddash, {panoptic: content}, \
+            "panoptic.json.*" + words
+    for title, (content, words) in BROKEN_CHECKPOINTS.items():
+        for script, arguments in ((evaluate, (*EVALUATE, "--checkpoint", "bad.pt")),
+                                  (train, (*TRAIN, "--init", "bad.pt"))):
+            yield f"{script.__name__}, checkpoint: {title}", script, arguments, \
+                {"bad.pt": content}, "bad.pt.*" + words
+        if content not in (as_folder, as_loop, as_pipe, as_zeros):
+            yield f"a run's last.pt: {title}", train, (*TRAIN, "--out", "run"), \
+                {"run/last.pt": content}, "run/last.pt.*" + words
+    for title, content, words in (
+            ("of two weights too many", changed({"x": torch.ones(1), "y": torch.ones(1)}),
+             "does not fit its own architecture"),
+            ("of another shape", changed({"head.2.bias": torch.ones(4)}), r"head.2.bias is \(4,\)"),
+            ("of a billion levels", changed(architecture={"levels": 10 ** 9}),
+             "1000000000 levels.*expected levels in 1..8"),
+            ("of a billion channels", changed(architecture={"width": 10 ** 9}), "width 1000000000"),
+            ("of an unknown backbone", changed(architecture={"backbone": []}), "does not fit its"),
+            ("of weights that are not finite",
+             changed({"head.2.bias": torch.full((3,), math.nan)}), "logits of .* are not finite")):
+        yield f"evaluate, checkpoint: {title}", evaluate, (*EVALUATE, "--checkpoint", "bad.pt"), \
+            {"bad.pt": content}, words
+    for title, content, words in (
+            ("no optimizer", changed(optimizer=None), "cannot be continued .it lacks optimizer"),
+            ("another optimizer's", changed(optimizer={"state": 1}), "no state of this optimizer"),
+            ("no score", changed(best="high"), "cannot be continued .it lacks best"),
+            ("a step below 0", changed(step=-3), "cannot be continued .it lacks steps"),
+            ("weights of another network", changed({"head.2.bias": torch.ones(4)}),
+             "last.pt does not fit: size mismatch"),
+            ("other images", changed(data="2 + 2 images 00"), "was trained on other files")):
+        yield f"a run's last.pt: {title}", train, (*TRAIN, "--out", "run"), \
+            {"run/last.pt": content}, words
+    for title, config, words in (("of another version", {"speed": 1}, "has settings speed"),
+                                 ("of a wrong type", {"lr": "fast"}, "has settings lr")):
+        yield f"--resume, settings {title}", train, ("--resume", "run"), \
+            {"run/last.pt": changed(config=config)}, words
+    for title, (content, words) in BROKEN_SAFETENSORS.items():
+        yield f"safetensors: {title}", train, (*TRAIN, "--pretrained", "w.safetensors"), \
+            {"w.safetensors": content}, "w.safetensors.*" + words
+    for title, (content, words) in BROKEN_MANIFESTS.items():
+        yield f"manifest.csv: {title}", train, PSEUDO, {"pseudo/manifest.csv": content}, words
+    for title, content in (("empty", b""), ("a list", b"[]"), ("nested", DEEP),
+                           ("binary", b"\xff\xfe\0")):
+        yield f"settings.json of pseudolabels: {title}", pseudolabel, POOL, \
+            {"pseudo/settings.json": content}, "settings.json is damaged; remove pseudo"
+        yield f"settings.json to train on: {title}", train, PSEUDO, \
+            {"pseudo/settings.json": content}, "pseudo/settings.json cannot be used"
+    for title, content in (("empty", b""), ("binary", b"\xff\xfe"), ("no rows", HEADER),
+                           ("no numbers", HEADER + "a,b,p,much,1,1,9\n"),
+                           ("cut short", HEADER + "a,b,p\n"), ("of zero bytes", bytes(99))):
+        yield f"manifest.csv to choose from: {title}", pseudolabel, (
+            "--out", "pseudo", "--select", 1), {"pseudo/manifest.csv": content}, \
+            "pseudo/manifest.csv"
+
+
+class CatalogueTest(Refusals):
+    """Every row: one line that names the find and the remedy, exit status 2, within 10 seconds and
+    1 GB, and nothing that was there before is touched."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = mock.patch.dict(convnext.SIZES,
+                                    convnext_atto=((1, 1, 1, 1), (8, 16, 24, 32)))
+        cls.model.start()
+        cls.addClassCleanup(cls.model.stop)
+        cls.good = Path(tempfile.mkdtemp(prefix="swiftnet-"))
+        cls.addClassCleanup(shutil.rmtree, cls.good)
+        Fixtures.custom(cls.good / "data", images=2, size=(80, 60))
+        Fixtures.acdc(cls.good / "data")
+        Fixtures.wilddash_final(cls.good / "data")
+        for i in range(2):
+            put(cls.good / f"data/pool/{i}.png", picture(i))
+            put(cls.good / f"outside/{i}.png", picture(i))
+            put(cls.good / f"predicted/frame{i} of mine.png", pattern([0], 80, 60))
+        put(cls.good / "pseudo/0.png", pattern([0]))
+        (cls.good / "pseudo/manifest.csv").write_text(HEADER + "pool/0.png,0.png,p,1,1,1,9\n")
+        (cls.good / "pseudo/settings.json").write_text(json.dumps({"classes": data.CLASSES}))
+        architecture = {"backbone": "convnext_atto", "width": 8, "levels": 2}
+        for name, classes in (("three.pt", tuple(f"kind {i}" for i in range(3))),
+                              ("nineteen.pt", data.CLASSES)):
+            architecture["num_classes"] = len(classes)
+            write_checkpoint(cls.good / name, swiftnet.build(**architecture), classes=classes,
+                             architecture=architecture)
+        with mock.patch.object(sys, "argv", ["train.py", *map(str, TRAIN), "--out", "run"]), \
+                contextlib.chdir(cls.good), contextlib.redirect_stdout(io.StringIO()), \
+                mock.patch.object(train.Steps, "__call__", side_effect=KeyboardInterrupt), \
+                contextlib.suppress(KeyboardInterrupt):
+            train.main()                                          # an unfinished run
+
+    def setUp(self):
+        Temporary.setUp(self)
+
+    def test_catalogue(self):
+        cases, slowest = 0, (0, "")
+        shutil.copytree(self.good, self.folder, dirs_exist_ok=True)
+        there = set(self.folder.rglob("*"))
+        for title, script, arguments, files, words in catalogue():
+            with self.subTest(title):
+                for path, content in files.items():
+                    path = self.folder / path
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.unlink(missing_ok=True)
+                    if callable(content):
+                        content(path)
+                    elif isinstance(content, bytes):
+                        path.write_bytes(content)
+                    elif isinstance(content, str):
+                        path.write_text(content)
+                    elif content is not None:
+                        put(path, content)
+                began = time.monotonic()
+                with memory_limit(2 ** 30):
+                    self.fails(script, arguments, words)
+                slowest = max(slowest, (time.monotonic() - began, title))
+                self.assertLess(slowest[0], 10)
+                self.assertFalse((self.folder / "harmed").exists())
+            for path in sorted({*self.folder.rglob("*")} - there, reverse=True):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path in files:                                       # as it was
+                if (self.folder / path).is_dir():
+                    (self.folder / path).rmdir()
+                (self.folder / path).unlink(missing_ok=True)
+                if (self.good / path).exists():
+                    shutil.copy2(self.good / path, self.folder / path)
+            cases += 1
+        print(f"{cases} cases of bad input, the slowest ({slowest[1]}) took {slowest[0]:.1f} s",
+              flush=True)
+
+
+@contextlib.contextmanager
+def memory_limit(more):
+    """At most `more` bytes beside what this process has mapped already."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class PropertyTest(Temporary):
+    """What must hold for any input, tried on seeded random ones."""
+
+    def test_augmentation_keeps_image_and_label_aligned(self):
+        """The red channel is the label's number: wherever a crop is of one class, it must agree."""
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            side, crop = int(rng.integers(8, 40)), int(rng.integers(33, 200))
+            blocks = np.kron(rng.integers(0, 7, rng.integers(2, 7, 2)),
+                             np.ones((side, side))).astype(np.uint8)
+            image = rng.integers(0, 256, (*blocks.shape, 3)).astype(np.uint8)
+            image[..., 0] = 30 * blocks
+            sample = data.Sample(str(put(self.folder / "image.png", image)),
+                                 str(put(self.folder / "label.png", blocks)), None, None, "custom",
+                                 "all")
+            wanted = int(rng.integers(7)) if seed % 2 else None
+            pixels, ids = data.augment(sample, 7, rng, crop, (0.5, 2.0), wanted)
+            self.assertEqual((pixels.shape, ids.shape), ((crop, crop, 3), (crop, crop)))
+            around = np.stack([np.roll(ids, shift, (0, 1)) for shift in itertools.product(
+                (-3, 0, 3), repeat=2)])
+            inside = (around == ids).all(0) & (ids != 255)       # three pixels from any border
+            inside[:3], inside[-3:], inside[:, :3], inside[:, -3:] = False, False, False, False
+            self.assertLessEqual(
+                np.abs(pixels[..., 0].astype(int) - 30 * ids.astype(int))[inside].max(initial=0), 1)
+            if wanted in blocks:
+                self.assertIn(wanted, ids, seed)
+
+    def test_metrics_do_not_depend_on_order(self):
+        """Pixels and images in any order, classes under any names: the same numbers."""
+        for seed in range(10):
+            rng = torch.Generator().manual_seed(seed)
+            logits = 3 * torch.randn(3, 5, 8, 9, generator=rng)
+            labels = torch.randint(0, 6, (3, 8, 9), generator=rng)
+            labels[labels == 5] = 255
+            invalid = torch.rand(3, 8, 9, generator=rng) < 0.2
+
+            def numbers(logits, labels, invalid):
+                metrics = evaluate.Metrics(5, 0.8)
+                metrics.update(logits, labels, invalid)
+                return metrics.compute()
+            plain = numbers(logits, labels, invalid)
+            pixels, images = torch.randperm(72, generator=rng), torch.randperm(3, generator=rng)
+            mixed = [t.flatten(-2)[..., pixels].view(t.shape)[images]
+                     for t in (logits, labels, invalid)]
+            for name, value in numbers(*mixed).items():
+                np.testing.assert_allclose(value, plain[name], rtol=1e-7, err_msg=name)
+            names = torch.randperm(5, generator=rng)               # class c becomes names[c]
+            renamed = torch.where(labels == 255, 255, names[labels.clamp(max=4)])
+            other = numbers(logits[:, names.argsort()], renamed, invalid)
+            for name in ("miou", "auiou", "ece"):
+                self.assertAlmostEqual(other[name], plain[name], places=6)
+
+    def test_checkpoint_round_trip(self):
+        """What is saved is what is read, bit for bit; the loaded network predicts the same."""
+        small = mock.patch.dict(convnext.SIZES, convnext_atto=((1, 1, 1, 1), (8, 16, 24, 32)))
+        small.start()
+        self.addCleanup(small.stop)
+        config = train.Config(backbone="convnext_atto", width=16, pretrained="none", levels=2)
+        cpu, image = torch.device("cpu"), torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            steps = train.make_steps(config, data.CLASSES, None, 0, 1, cpu, 10)
+            for tensor in steps.model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.normal_().abs_()
+            steps.model(image[None]).sum().backward()
+            steps.optimizer.step()
+            standing = {"step": seed, "best": 0.1 * seed, "untrained": {"all": 0.0}, "data": "ü"}
+            train.save(self.folder / "last.pt", steps, data.CLASSES, standing)
+            model, state = swiftnet.load_checkpoint(self.folder / "last.pt")
+            for name, tensor in steps.model.state_dict().items():
+                self.assertTrue(torch.equal(tensor, state["model"][name]), name)
+                self.assertTrue(torch.equal(tensor, model.state_dict()[name]), name)
+            for saved, there in zip(state["optimizer"]["state"].values(),
+                                    steps.optimizer.state_dict()["state"].values()):
+                self.assertTrue(all(torch.equal(saved[key], there[key]) for key in there))
+            self.assertEqual({key: state[key] for key in standing}, standing)
+            self.assertEqual(state["config"], dataclasses.asdict(config))
+            self.assertTrue(torch.equal(swiftnet.predict(model, image),
+                                        swiftnet.predict(steps.model.eval(), image)))
+
+    def test_any_flipped_bit_is_found(self):
+        """torch.load looks at no checksum; convnext.check_zip does."""
+        path = self.folder / "last.pt"
+        write_checkpoint(path, tiny_model())
+        raw, rng = path.read_bytes(), np.random.default_rng(0)
+        with zipfile.ZipFile(path) as archive:
+            records = [(item.header_offset, item.file_size) for item in archive.infolist()
+                       if "/data/" in item.filename]
+        for start, size in (records[i] for i in rng.integers(0, len(records), 40)):
+            names = np.frombuffer(raw[start + 26:start + 30], "<u2").sum()      # name and padding
+            damaged = bytearray(raw)
+            damaged[start + 30 + names + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            with self.assertRaisesRegex(ValueError, "is damaged|no torch file"):
+                swiftnet.read_checkpoint(path)
+        path.write_bytes(raw)
+        swiftnet.read_checkpoint(path)
+
+    def test_manifest_paths(self):
+        """Names in a manifest stay below its roots; links that the owner made are followed."""
+        (self.folder / "data/pool").mkdir(parents=True)
+        (self.folder / "pseudo").mkdir()
+        (self.folder / "elsewhere").mkdir()
+        (self.folder / "data/linked").symlink_to(self.folder / "elsewhere")
+        rng = np.random.default_rng(0)
+        parts = ("a", "b.png", "..", ".", "", "linked", "...", "~", "ü", " ", "a\\b")
+        with contextlib.chdir(self.folder):
+            for _ in range(300):
+                names = ["/".join(rng.choice(parts, rng.integers(1, 5))) for _ in range(2)]
+                with open("pseudo/manifest.csv", "w", newline="") as file:
+                    csv.writer(file).writerows([("image", "label"), names])
+                allowed = all(name and not name.startswith("/") and ".." not in name.split("/")
+                              for name in names)
+                if allowed:
+                    sample, = data.pseudo_samples("data", "pseudo")
+                    for path, root in ((sample.image, "data"), (sample.label, "pseudo")):
+                        self.assertTrue(Path(os.path.normpath(path)).is_relative_to(root), names)
+                else:
+                    with self.assertRaisesRegex(ValueError, "must be paths below data and pseudo"):
+                        data.pseudo_samples("data", "pseudo")
 
 
 # --- the scripts as their users run them --------------------------------------------------------
@@ -3151,7 +4070,7 @@ class GpuTest(Temporary):
         logits, gradients = ([r[0] for r in runs],
                              [torch.cat([g.flatten() for g in r[1:]]) for r in runs])
         for eager, compiled in (logits, gradients):
-            self.assertLess((eager - compiled).norm() / eager.norm(), 0.02)
+            self.assertLess((eager - compiled).norm() / eager.norm(), 0.05)
 
     def test_distances_and_metrics_equal_the_cpu(self):
         labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)
@@ -3189,6 +4108,261 @@ class SlowTest(Temporary):
                                     condition)
 
 
+@unittest.skipUnless("--slow" in sys.argv, "long: run with --slow")
+class KillTest(RunTest):
+    """SIGKILL at random moments; the same command continues; the end is that of a calm run."""
+
+    # How often what is killed. write: everything, while a checkpoint is being written. loader: a
+    # loader worker. rank: one process of two. launcher: torchrun alone. all: everything at once.
+    KILLS = {1: {"write": 16, "loader": 9, "all": 28},
+             2: {"write": 16, "loader": 7, "rank": 9, "launcher": 11, "all": 12}}
+    STEPS = 60
+
+    def begun(self, out):
+        """What changes when a start of a run has cut its log."""
+        return (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_ino
+
+    def strike(self, kind, process, out, begun, before, random):
+        """Kill a training run at a random moment. False where it ended before."""
+        if kind in ("all", "launcher") and random.random() < 0.4:      # any moment, the start too
+            moment = time.monotonic() + random.uniform(0, 5)
+            if not self.wait(process, lambda: time.monotonic() > moment):
+                return False
+        else:
+            if kind == "write":
+                (self.folder / "slow").touch()
+            if not self.wait(process, lambda: self.begun(out) != begun and any(
+                    record.get("step", -1) > before for record in self.log(out))):
+                return False
+            living = members(str(out))
+            for left in out.glob(".*.tmp"):
+                self.assertIn(int(left.name.split(".")[-2]), living, "of a killed process")
+            time.sleep(random.uniform(0, 0.5))
+            if kind == "write":
+                if not self.wait(process, (self.folder / "inside").exists):
+                    return False
+                time.sleep(random.uniform(0, 0.2))
+        self.kill(kind, process, out, random)
+        self.inside += kind == "write" and (self.folder / "inside").exists()
+        return True
+
+    def train_and_kill(self, processes):
+        arguments = self.small_run(self.STEPS)
+        random, plan = np.random.default_rng(processes), self.KILLS[processes]
+        kinds = random.permutation(np.repeat(list(plan), list(plan.values()))).tolist()
+        tried, calm, self.inside = len(kinds), self.folder / "calm", 0
+        self.finish(processes, "train", arguments, calm)
+        for chain in itertools.count():
+            out, step = self.folder / f"killed{chain}", -1
+            while kinds and step < self.STEPS:
+                begun = self.begun(out)
+                process = self.start(processes, "train", arguments, out)
+                if self.strike(kinds[-1], process, out, begun, step, random):
+                    kinds.pop()
+                for name in ("slow", "inside"):
+                    (self.folder / name).unlink(missing_ok=True)
+                process.wait()
+                if step >= 0 or (out / "last.pt").exists():          # whole, whenever that was
+                    step = swiftnet.read_checkpoint(out / "last.pt")["step"]
+            if step < self.STEPS:
+                self.finish(processes, "train", arguments, out)
+            self.assert_same_run(calm, out, self.STEPS)
+            self.assertEqual({path.name for path in out.iterdir()},
+                             {".lock", "last.pt", "best.pt", "log.jsonl"})
+            self.assertNotIn('train.py", line', Path(f"{out}.txt").read_text())   # no traceback
+            if not kinds:
+                break
+        ended = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in self.slowest.items())
+        print(f"train.py, {processes} processes: {tried} of {tried} kills survived in {chain + 1} "
+              f"runs ({', '.join(f'{n} {kind}' for kind, n in plan.items())}; {self.inside} inside "
+              f"a checkpoint write); slowest end after a kill: {ended}", flush=True)
+        self.assertGreaterEqual(self.inside, 13)
+
+    def test_one_process(self):
+        self.train_and_kill(1)
+
+    def test_two_processes(self):
+        self.train_and_kill(2)
+
+    def test_pseudolabels(self):
+        """20 kills of a pool run, restarted: the files of a calm run, byte for byte."""
+        for i in range(60):
+            put(self.folder / f"data/pool/{'ab'[i % 2]}/{i}.png", picture(i, 90 + i, 70))
+        with mock.patch.dict(convnext.SIZES, convnext_atto=((1, 1, 1, 1), (8, 16, 24, 32))):
+            torch.manual_seed(0)
+            write_checkpoint(self.folder / "model.pt", swiftnet.build("convnext_atto", width=16))
+        arguments = ("--checkpoint", self.folder / "model.pt", "--data", self.folder / "data",
+                     "--pools", self.folder / "data/pool", "--threshold", 0.05, "--workers", 1)
+
+        def files(out):
+            return {path.relative_to(out): path.read_bytes()
+                    for path in out.rglob("*") if path.is_file()}
+        random, kills, partial = np.random.default_rng(0), 0, 0
+        for processes in (1, 2):
+            calm = self.folder / f"calm{processes}"
+            began = time.monotonic()
+            self.finish(processes, "pseudolabel", arguments, calm)
+            length = time.monotonic() - began
+            for chain in itertools.count():
+                out = self.folder / f"killed{processes}-{chain}"
+                while kills < 10 * processes:
+                    process = self.start(processes, "pseudolabel", arguments, out)
+                    moment = time.monotonic() + random.uniform(0.4, 1) * length
+                    if not self.wait(process, lambda: time.monotonic() > moment):
+                        self.assertEqual(process.returncode, 0)
+                        break
+                    self.kill(random.choice(["all", "rank", "launcher"]), process, out, random)
+                    kills, labels = kills + 1, len(list(out.rglob("*.png")))
+                    partial += 0 < labels < 60
+                self.finish(processes, "pseudolabel", arguments, out)
+                self.assertEqual(files(out), files(calm))
+                if kills == 10 * processes:
+                    break
+        print(f"pseudolabel.py, 1 and 2 processes: {kills} of 20 kills survived, {partial} of "
+              "them with some labels written and some not", flush=True)
+        self.assertGreaterEqual(partial, 5)
+
+
+# --- tests of the tests --------------------------------------------------------------------------
+#
+# python test_all.py --mutations [N] [--seed S] breaks one line of a copy of the project and runs
+# the tests that must notice: every row of MUTATIONS, then N operators at random places. What
+# survives is listed, to be read: a gap in the tests, or a change that changes nothing.
+
+MUTATIONS = (             # file, what stands there once, what stands there instead, who must notice
+    ("losses.py", "1 - torch.exp(-nll.detach())", "1 - torch.exp(-nll)", "LossTest"),
+    ("losses.py", "squared < edge * edge", "squared <= edge * edge", "LossTest"),
+    ("losses.py", "normalizer.clamp(min=1)", "normalizer", "LossTest"),
+    ("convnext.py", "if packed or wrong:", "if packed:", "PropertyTest"),
+    ("convnext.py", "start <= end <= len(data)", "start <= end", "CatalogueTest"),
+    ("convnext.py", "if end - start != count * dtype.itemsize:", "if False:", "CatalogueTest"),
+    ("swiftnet.py", "blend(resize(x, skip.shape[-2:]) + skip)",
+     "blend(resize(x, skip.shape[-2:]) - skip)", "SwiftNetTest"),
+    ("swiftnet.py", "pyramid[level + i] = pyramid[level + i] + project(feature)",
+     "pyramid[level + i] = project(feature)", "SwiftNetTest"),
+    ("swiftnet.py", "logits.flip(-1) if mirrored", "logits if mirrored", "SwiftNetTest"),
+    ("data.py", "FLIP_LEFT_RIGHT) if flip else part",
+     'FLIP_LEFT_RIGHT) if flip and part.mode == "RGB" else part', "PropertyTest"),
+    ("data.py", "(corner[1] + size[1]) * y", "(corner[1] + size[0]) * y", "DataTest"),
+    ("data.py", "self.batch + self.rank * share", "self.batch", "DataTest"),
+    ("data.py", 'or ".." in Path(n).parts', "", "PropertyTest"),
+    ("data.py", "if invalid.max() > 1:", "if invalid.max() > 255:", "CatalogueTest"),
+    ("data.py", "if not 0 < weight <= 1000:", "if not 0 <= weight <= 1000:", "CatalogueTest"),
+    ("data.py", "if image.width * image.height > MOST_PIXELS:", "if False:", "CatalogueTest"),
+    ("data.py", "                temporary.unlink()\n", "                pass\n", "DataTest"),
+    ("data.py", 'for left in folder.rglob(".*.tmp"):', "for left in ():", "TrainTest"),
+    ("evaluate.py", "            dist.all_reduce(flat)\n", "", "ProcessTest"),
+    ("evaluate.py", "share = samples[rank::world]", "share = samples[0::world]", "ProcessTest"),
+    ("evaluate.py", "union = truth[:, None] + false_positive", "union = truth[:, None]",
+     "MetricsTest"),
+    ("evaluate.py", "confusion.sum(1), confusion.sum(0)", "confusion.sum(0), confusion.sum(0)",
+     "MetricsTest"),
+    ("evaluate.py", "self.edges, right=True)", "self.edges)", "MetricsTest"),
+    ("pseudolabel.py", "kept = q >= thresholds[ids]", "kept = q <= thresholds[ids]",
+     "PseudolabelTest"),
+    ("train.py", "0.5 * (1 + math.cos", "0.5 * (1 - math.cos", "TrainTest"),
+    ("train.py", '.get("step", 0) <= step', '.get("step", 0) < step', "FaultTest"),
+    ("train.py", 'if state["step"] < state["total"]:', 'if state["step"] <= state["total"]:',
+     "TrainTest"),
+    ("train.py", 'results["all"]["miou"] > standing["best"]',
+     'results["all"]["miou"] != standing["best"]', "TrainTest"),
+    ("train.py", "        dist.broadcast(flat, 0)\n", "", "ProcessTest"),
+    ("train.py", "get_scale() < LEAST_SCALE", "get_scale() < 0", "FaultTest"),
+    ("train.py", "normalizer=shared[0])", "normalizer=None)", "ProcessTest"))
+COVERED = {"convnext.py": "BackboneTest SwiftNetTest CatalogueTest",
+           "swiftnet.py": "SwiftNetTest PropertyTest CatalogueTest",
+           "losses.py": "LossTest ProcessTest",
+           "data.py": "DataTest PropertyTest CatalogueTest MistakeTest TrainTest",
+           "evaluate.py": "MetricsTest BudgetTest TemperatureTest CatalogueTest EvaluateScriptTest",
+           "pseudolabel.py": "CatalogueTest PseudolabelTest",
+           "train.py": "CatalogueTest MistakeTest TrainTest FaultTest ProcessTest"}
+SWAPPED = {"+": "-", "-": "+", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
+           "0": "1", "1": "0", "and": "or", "or": "and", "not": "", "min": "max", "max": "min"}
+MUTATION_SECONDS = 600
+
+
+def random_mutation(rng):
+    """(file, line, column, word there, word instead) of a random operator of the ten files' code;
+    what draws the demo, and what only benchmarks, is left out."""
+    name = rng.choice(list(COVERED))
+    text = (HERE / name).read_text()
+    left_out = set()
+    for node in ast.parse(text).body:                                      # functions and classes
+        if re.search("benchmark|pipeline|profile|ceiling", getattr(node, "name", "")):
+            left_out |= {*range(node.lineno, node.end_lineno + 1)}
+    if name == "data.py":
+        begin, end = (text[:text.index(f"# --- {title}")].count("\n")
+                      for title in ("demo streets", "the script"))
+        left_out |= {*range(begin, end)}
+    places = [(token.start, token.string)
+              for token in tokenize.generate_tokens(io.StringIO(text).readline)
+              if token.string in SWAPPED and token.start[0] not in left_out]
+    (line, column), word = places[rng.integers(len(places))]
+    return name, line, column, word, SWAPPED[word]
+
+
+def mutations(count, seed):
+    """Print what of MUTATIONS and of `count` random ones is caught; exit status 1 where a row of
+    MUTATIONS is not."""
+    folder, rng = Path(tempfile.mkdtemp(prefix="swiftnet-")), np.random.default_rng(seed)
+    copied = (*HERE.glob("*.py"), HERE / "README.md", *HERE.glob(".ladder"))
+    survivors, caught = [], {"chosen": 0, "random": 0}
+
+    def notice(kind, name, text, about, classes):
+        for path in copied:
+            shutil.copy(path, folder)
+        (folder / name).write_text(text)
+        began, log = time.monotonic(), folder / "output"
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                [sys.executable, folder / "test_all.py", "--failfast", *classes.split()],
+                stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=folder)
+            try:
+                process.wait(MUTATION_SECONDS)
+            except subprocess.TimeoutExpired:                          # it hangs: that is noticed
+                for pid in members(str(folder)):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.wait()
+        failed = re.search(r"^(?:FAIL|ERROR): (\w+) \(__main__\.(\w+)", log.read_text(), re.M)
+        by = f"{failed[2]}.{failed[1]}" if failed else f"exit status {process.returncode}"
+        seen = process.returncode != 0
+        caught[kind] += seen
+        print(f"{'caught  ' if seen else 'SURVIVED'} {time.monotonic() - began:6.1f} s  {about}"
+              + (f"  by {by}" if seen else f"  ({classes})"), flush=True)
+        if not seen:
+            survivors.append(about)
+
+    try:
+        notice("random", "README.md", (HERE / "README.md").read_text(), "nothing is changed",
+               "LossTest DataTest")
+        if not survivors:
+            sys.exit("the tests fail without a mutation: mend that first")
+        survivors.clear()
+        for name, old, new, tests in MUTATIONS:
+            text, about = (HERE / name).read_text(), f"{name}: {old.strip()!r} -> {new.strip()!r}"
+            if text.count(old) == 1:
+                notice("chosen", name, text.replace(old, new), about, tests)
+            else:
+                survivors.append(f"{about}: stands there {text.count(old)} times, expected once; "
+                                 "mend the table")
+                print("FAILED  " + survivors[-1], flush=True)
+        for _ in range(count):
+            name, line, column, word, instead = random_mutation(rng)
+            lines = (HERE / name).read_text().splitlines(keepends=True)
+            there = lines[line - 1]
+            lines[line - 1] = there[:column] + instead + there[column + len(word):]
+            about = f"{name}:{line}: {there.strip()!r} -> {lines[line - 1].strip()!r}"
+            notice("random", name, "".join(lines), about, COVERED[name])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("\nsurvivors:\n" + "\n".join(survivors or ["none"]))
+    print(f"mutations caught: {caught['chosen']} of {len(MUTATIONS)} chosen, {caught['random']} of "
+          f"{count} random (seed {seed})", flush=True)
+    sys.exit(caught["chosen"] < len(MUTATIONS))
+
+
 class Result(unittest.TextTestResult):
     """Counts what passed and times every test."""
     passed, began = 0, 0.0
@@ -3204,12 +4378,19 @@ class Result(unittest.TextTestResult):
 
 
 def main():
-    arguments = [argument for argument in sys.argv[1:] if argument != "--slow"]
+    arguments = [word for word in sys.argv[1:] if word not in ("--slow", "--failfast")]
+    if "--mutations" in arguments:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--mutations", type=int, nargs="?", const=0)
+        parser.add_argument("--seed", type=int, default=0)
+        given = parser.parse_args(arguments)
+        mutations(given.mutations, given.seed)
     torch.set_num_threads(1)     # as fast for tests this small, and the same numbers on any machine
     loader, module = unittest.TestLoader(), sys.modules[__name__]
     suite = (loader.loadTestsFromNames(arguments, module) if arguments
              else loader.loadTestsFromModule(module))
-    result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(suite)
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=2,
+                                     failfast="--failfast" in sys.argv).run(suite)
     failed = len(result.failures) + len(result.errors)
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     sys.exit(bool(failed))

@@ -12,7 +12,6 @@ selective pseudolabeling", Vision for All Seasons, CVPR 2022.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -35,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from convnext import SIZES, load_pretrained
 from data import (DATASETS, IGNORE, MANIFEST, Progress, StepSampler, TrainSet, annotated,
                   class_counts, classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
-                  ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say, whole_file)
+                  hold, ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say,
+                  whole_file, writing)
 from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type,
                       start_processes, summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
@@ -44,6 +44,7 @@ from swiftnet import build, count_macs, read_checkpoint
 LR_END = 1e-7                 # lineage: the cosine ends here
 ADAM_BETAS = (0.9, 0.99)      # lineage
 ADAM_EPS = 1e-7               # lineage: larger than torch's default, as half precision wants
+LEAST_SCALE = 2.0 ** -10       # of fp16's loss; it begins at 2^16 and halves at every overflow
 DEFAULT_MIX = [name for name, row in DATASETS.items() if row.role == "annotated"]
 
 
@@ -127,10 +128,11 @@ def settle(given):
     Raises ValueError."""
     if "resume" in given:
         path = last_checkpoint(given["resume"])
-        base = read_checkpoint(path)["config"]
-        if unknown := base.keys() - {item.name for item in dataclasses.fields(Config)}:
+        base, kinds = read_checkpoint(path)["config"], {name: type(value) for name, value
+                                                 in dataclasses.asdict(Config()).items()}
+        if strange := sorted(name for name in base if type(base[name]) is not kinds.get(name)):
             raise ValueError(f"{path} was written by another version: it has settings "
-                             f"{', '.join(sorted(unknown))}")
+                             f"{', '.join(strange)}")
     else:
         if (not given.get("demo")
                 and not {"recipe", "data", "train", "val", "pseudo"} & given.keys()
@@ -153,7 +155,8 @@ def settle(given):
     if not (len(config.zoom) == 2 and 0.01 <= config.zoom[0] <= config.zoom[1] <= 100):
         raise ValueError("--zoom takes two numbers, 0.01 <= low <= high <= 100; "
                          f"found {shown(config.zoom)}")
-    for name, most in (("crop", 8192), ("seed", 1_000_000), ("workers", 256), ("batch", 100_000)):
+    for name, most in (("crop", 8192), ("seed", 1_000_000), ("workers", 256), ("batch", 100_000),
+                       ("levels", 8), ("width", 4096), ("epochs", 10 ** 6), ("steps", 10 ** 9)):
         if getattr(config, name) > most:
             raise ValueError(f"--{name} must be at most {most}, found {getattr(config, name)}")
     if config.crop <= 32 * 2 ** (config.levels - 1):
@@ -241,8 +244,17 @@ def changes(config, state):
             if name not in FREE and state["config"].get(name) != value]
 
 
+# What a continuation needs beside swiftnet.CHECKPOINT.
+CONTINUED = {"optimizer": dict, "scaler": dict, "best": float, "untrained": dict, "data": str,
+             "world": int, "dtype": str}
+
+
 def refuse_changes(config, state, folder):
-    """Raise ValueError where an unfinished run was made with other settings."""
+    """Raise ValueError where an unfinished run was made with other settings, or is not whole."""
+    wrong = [key for key, kind in CONTINUED.items() if not isinstance(state.get(key), kind)]
+    if wrong or state["step"] < 0:
+        raise ValueError(f"{folder / 'last.pt'} cannot be continued (it lacks "
+                         f"{', '.join(wrong) or 'steps'}); give it to --init, or remove the folder")
     if differing := changes(config, state):
         raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of "
                          f"{state['total']}) with other settings: {'; '.join(differing)}. "
@@ -263,30 +275,6 @@ def refuse_other_data(folder, state, digest, world, dtype):
 def shown(value):
     """A setting as it is typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-@contextlib.contextmanager
-def hold(folder, rank):
-    """Lock a run folder for rank 0, or raise ValueError.
-
-    A POSIX record lock ends with the process and is not inherited, so neither a dead process nor
-    its orphaned loader workers keep it.
-    """
-    if rank != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; "
-                             "choose another --out") from None
-        except OSError:                            # file systems without locks
-            say(f"{folder} cannot be locked here; see that no second run writes to it")
-        for left in folder.glob(".*.tmp"):         # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        yield
 
 
 def stop_on_sigterm(rank):
@@ -323,15 +311,15 @@ class Log:
 
     def write(self, **record):
         if self.path is not None:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
 def kept_lines(path, step):
     """Lines of a log up to `step`; a last line cut short by a kill is dropped."""
     kept = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line)
     return kept
@@ -356,7 +344,7 @@ def make_model(config, classes, state):
             module.momentum = config.bn_momentum
     model.backbone.checkpoint_blocks = config.checkpoint_blocks
     if state is not None:
-        model.load_state_dict(state["model"])
+        load_weights(model, state["model"], "last.pt")
     elif config.init:
         take_weights(model, config.init, classes)
     elif config.pretrained != "none":
@@ -379,10 +367,15 @@ def take_weights(model, path, classes):
             f"({checkpoint['classes'][0]}, ...), {len(classes)} here ({classes[0]}, ...): new head")
         own = model.state_dict()
         state = {**state, **{name: own[name] for name in ("head.2.weight", "head.2.bias")}}
+    load_weights(model, state, f"--init {path}")
+
+
+def load_weights(model, state, source):
+    """model.load_state_dict, or ValueError."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--init {path} does not fit: {str(error).splitlines()[1].strip()[:200]}; "
+        raise ValueError(f"{source} does not fit: {str(error).splitlines()[1].strip()[:200]}; "
                          "give the --backbone, --levels and --width "
                          "that it was trained with") from None
 
@@ -415,7 +408,7 @@ def wrap(model, config, device, world):
         model = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
-    return torch.compile(model) if config.compile else model
+    return torch.compile(model, dynamic=False) if config.compile else model
 
 
 def equalise_buffers(model):
@@ -449,7 +442,7 @@ class Steps:
         self.rank, self.world, self.total = rank, world, total
         self.weigh, self.criterion = boundary_weights, boundary_aware_focal_loss
         if config.compile and device.type == "cuda":
-            self.weigh, self.criterion = map(torch.compile, (self.weigh, self.criterion))
+            self.weigh, self.criterion = (torch.compile(f, dynamic=False) for f in (self.weigh, self.criterion))
         self.loss = torch.zeros((), device=device)    # of the last step, this process's share of it
         self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
 
@@ -503,6 +496,10 @@ class Steps:
         shared = torch.stack([self.loss, (~self.finite()).float()])
         if self.world > 1:
             dist.all_reduce(shared)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise ValueError(f"the gradients overflow float16 at any scale (step {step}): nothing "
+                             "is learned; checkpoints are intact. Try --precision fp32, or lower "
+                             "--lr")
         loss, bad = (shared / self.world).tolist()
         first = int(self.bad_step) if self.bad_step >= 0 else step if bad else -1
         if first >= 0:
@@ -581,9 +578,13 @@ def make_steps(config, classes, state, rank, world, device, total):
     dtype = half_type(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"last.pt holds no state of this optimizer ({error!r:.200}); give it "
+                             "to --init, or remove the folder") from None
     network = wrap(model, config, device, world)
     return Steps(model, network, optimizer, scaler, config, device, dtype, rank, world, total)
 
@@ -592,13 +593,13 @@ def save(path, steps, classes, standing):
     """Write a checkpoint: tensors and plain values only,
     so that it can be read without running code."""
     config = steps.config
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         torch.save({"model": steps.model.state_dict(), "optimizer": steps.optimizer.state_dict(),
                     "scaler": steps.scaler.state_dict(), **standing, "total": steps.total,
                     "world": steps.world, "dtype": str(steps.dtype or torch.float32),
                     "architecture": architecture(config, classes), "classes": tuple(classes),
                     "config": dataclasses.asdict(config), "torch": str(torch.__version__)},
-                   temporary)
+                   file)
 
 
 def train(config, rank, world, device):
@@ -667,11 +668,8 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
         if rank == 0:                          # from here on there is a checkpoint to continue from
             save(folder / "last.pt", steps, classes, standing)
     stopping, skipped = stop_on_sigterm(rank), Skipped(config.skip_bad, log)
-    progress, note, parent = Progress(steps.total, "step", standing["step"]), "", os.getppid()
+    progress, note = Progress(steps.total, "step", standing["step"]), ""
     for step, (images, ids, errors) in enumerate(batches, standing["step"]):
-        if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ValueError("torchrun is gone; this process stops too. The same command continues "
-                             "the run")
         skipped.count(errors, step)
         steps(step, images, ids)
         standing["step"] = done = step + 1
@@ -822,7 +820,7 @@ def kernel_times(function):
         torch.cuda.synchronize()
     times = dict.fromkeys((kind for kind, _ in KERNELS), 0.0)
     for event in profile.key_averages():
-        if "#" not in event.key:                        # an annotation, not a kernel
+        if not event.key.startswith("Optimizer"):       # an annotation around kernels
             kind = next(kind for kind, names in KERNELS if re.search(names, event.key, re.I))
             times[kind] += event.self_device_time_total / 1000
     return times
