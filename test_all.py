@@ -1334,7 +1334,7 @@ class DataTest(Temporary):
                                     "cityscapes and pseudo/v1 have different classes"),
                                    (json.dumps({"classes": []}), "does not say which classes"),
                                    ("[]", "does not say which classes"),
-                                   ("{", "does not say which classes"),
+                                   ("{", "settings.json cannot be used: Expecting property name"),
                                    (None, "pseudo/v1/settings.json is missing")):
                 settings.unlink() if content is None else settings.write_text(content)
                 with self.assertRaisesRegex((ValueError, OSError), words):
