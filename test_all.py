@@ -2370,6 +2370,15 @@ class PseudolabelTest(Temporary):
             self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
             self.assertRegex(result.stderr, words)
 
+    def test_images_that_would_share_a_label(self):
+        for name in ("a.png", "b.png", "b.jpg"):
+            put(self.folder / "data/pool" / name, picture())
+        pool = str(self.folder / "data/pool")
+        with self.assertRaisesRegex(ValueError, "b.jpg and .*b.png would share one label"):
+            pseudolabel.pool_samples(self.folder / "data", (pool,))
+        (self.folder / "data/pool/b.jpg").unlink()
+        self.assertEqual(len(pseudolabel.pool_samples(self.folder / "data", (pool, pool))), 2)
+
     def test_damaged_weights_write_nothing(self):
         """Logits that are not finite must not become labels, not even all-ignored ones."""
         arguments = self.pool(2)
