@@ -1017,23 +1017,22 @@ def clock(seconds):
 
 def draw_demo(root="demo", seed=0, scale=1.0):
     """Draw the demo streets into folder `root`, whole or not at all, unless they are there.
-    Raises ValueError where other ones are."""
-    root, about = Path(root), json.dumps({"seed": seed, "scale": scale}) + "\n"
+    Raises ValueError where those of another seed are."""
+    root, about = Path(root), f"demo streets of seed {seed}"
     if root.exists():
-        if (root / DRAWN).is_file() and (root / DRAWN).read_text() != about:
-            raise ValueError(f"{root} holds streets drawn with {(root / DRAWN).read_text().strip()}"
-                             f", asked for are {about.strip()}; name another folder")
+        if (root / DRAWN).is_file() and (there := (root / DRAWN).read_text().strip()) != about:
+            raise ValueError(f"{root} holds {there}, asked for are {about}; name another folder")
         return
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
         write_demo(temporary, seed, scale)
-        (temporary / DRAWN).write_text(about)
+        (temporary / DRAWN).write_text(about + "\n")
         os.replace(temporary, root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-DRAWN = "drawn.json"      # of a root of demo streets: the seed and the scale
+DRAWN = "drawn.txt"       # of a root of demo streets: says their seed
 LABELS = (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY,
           PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = (
               7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -9,6 +9,7 @@
     python evaluate.py --images photos --out predicted   any images: overlays, train ids, confidence
     python evaluate.py --submit acdc acdc.zip            predicts the test split and checks the zip
     python evaluate.py --score predicted --val acdc      scores PNGs, whichever system wrote them
+    python evaluate.py --ladder runs/ladder-demo-2       the table of .ladder's runs
     python evaluate.py --benchmark                       what the metrics cost beside the network
 
 Several checkpoints are an ensemble: their logits are averaged. Without --checkpoint the newest run
@@ -1198,8 +1199,7 @@ def main():
     config = Config(**parse_flags(Config, __doc__))
     check_flags(config)
     if config.ladder:
-        print("\n".join(ladder_table(config.ladder)))
-        return
+        return say("\n".join(ladder_table(config.ladder)))
     paths = () if config.score or config.benchmark else config.checkpoint or (newest_checkpoint(),)
     rank, world, device = start_processes()
     if config.benchmark:

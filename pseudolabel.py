@@ -92,7 +92,14 @@ def pool_samples(root, pools):
     if outside:
         raise ValueError(f"{outside[0]} is not below the data root {root}; put or link the pool "
                          "there")
-    return list({sample.image: sample for sample in samples}.values())
+    samples = list({sample.image: sample for sample in samples}.values())
+    labels = {}
+    for sample in samples:
+        other = labels.setdefault(Path(sample.image).with_suffix(".png"), sample.image)
+        if other != sample.image:
+            raise ValueError(f"{other} and {sample.image} would share one label; rename or remove "
+                             "one")
+    return samples
 
 
 def check_classes(config, classes):

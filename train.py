@@ -442,7 +442,8 @@ class Steps:
         self.rank, self.world, self.total = rank, world, total
         self.weigh, self.criterion = boundary_weights, boundary_aware_focal_loss
         if config.compile and device.type == "cuda":
-            self.weigh, self.criterion = (torch.compile(f, dynamic=False) for f in (self.weigh, self.criterion))
+            self.weigh, self.criterion = (torch.compile(function, dynamic=False) for function in
+                                          (self.weigh, self.criterion))
         self.loss = torch.zeros((), device=device)    # of the last step, this process's share of it
         self.bad_step = torch.full((), -1, device=device)    # first step whose loss was not finite
 
@@ -871,7 +872,8 @@ def benchmark(config, rank, world, device):
         # On a GPU the kernels tell where the time goes; compiled for a CPU, layers are no pieces.
         kinds = {} if on_gpu or config.compile else kinds_of_blocks(
             model, *shape[1:], shape[0], device, dtype, whole is step)
-        pieces |= {(kind, i): run for kind, runs in kinds.items() for i, (run, _) in enumerate(runs)}
+        pieces |= {(kind, i): run for kind, runs in kinds.items()
+                   for i, (run, _) in enumerate(runs)}
         times = milliseconds(pieces, device, 15 if on_gpu else 5)
         took = {name: float(np.median(values)) for name, values in times.items()}
         for name, (_, macs) in ceiling.items():
@@ -894,7 +896,8 @@ def benchmark(config, rank, world, device):
                       + (peak if on_gpu else ""),
                       ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())))
     best = max(rates, key=rates.get)
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    name = (torch.cuda.get_device_name(device) if on_gpu
+            else f"CPU, {torch.get_num_threads()} threads")
     say(f"{name} x {world}, torch {torch.__version__}, {str(dtype or torch.float32)[6:]}, "
         f"{config.backbone}{', compiled' * config.compile}"
         f"{', blocks recomputed' * config.checkpoint_blocks}\n"
