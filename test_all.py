@@ -409,9 +409,10 @@ class SwiftNetTest(Temporary):
         model(probe)[0, :, 256, 256].sum().backward()
         touched = probe.grad.abs().sum((0, 1)).nonzero()
         self.assertLess((touched - 256).abs().max().item(), 128)                          # tile / 4
-        image = torch.randint(0, 256, (3, 600, 1100), dtype=torch.uint8)
-        whole, tiled = swiftnet.predict(model, image), swiftnet.predict(model, image, tile=512)
-        torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)
+        for size in ((600, 1100), (90, 700)):                    # lower than half a tile, too
+            image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+            whole, tiled = swiftnet.predict(model, image), swiftnet.predict(model, image, tile=512)
+            torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)
         with self.assertRaisesRegex(ValueError, "multiple of 512"):
             swiftnet.predict(model, image, tile=500)
 
@@ -4243,9 +4244,14 @@ class KillTest(RunTest):
             for chain in itertools.count():
                 out = self.folder / f"killed{processes}-{chain}"
                 while kills < 10 * processes:
+                    before = len(list(out.rglob("*.png")))
                     process = self.start(processes, "pseudolabel", arguments, out)
-                    moment = time.monotonic() + random.uniform(0.4, 1) * length
-                    if not self.wait(process, lambda: time.monotonic() > moment):
+                    if random.random() < 0.7:               # while labels are written
+                        alive = self.wait(process, lambda: len(list(out.rglob("*.png"))) > before)
+                        moment = time.monotonic() + random.uniform(0, 0.5)
+                    else:                                   # any moment, the start too
+                        alive, moment = True, time.monotonic() + random.uniform(0, length)
+                    if not (alive and self.wait(process, lambda: time.monotonic() > moment)):
                         self.assertEqual(process.returncode, 0)
                         break
                     self.kill(random.choice(["all", "rank", "launcher"]), process, out, random)
