@@ -179,7 +179,7 @@ DATASETS = {
         camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE,
                "the drive at dusk in CamVid's train: a pool, and a set to validate on"),
         splits={"train": "train", "val": "train"}, unlabelled=("train",), skip="/00(06R0|16E5)_",
-        condition=lambda stars: ("even", "odd")[int(stars[0].split("_")[1]) // 30 % 2]),
+        condition=lambda stars: ("even", "odd")[int(stars[0].split("_")[1].lstrip("f")) // 30 % 2]),
     "ade20k": Dataset(
         "ADEChallengeData2016", (Layout("images/{split}/*.jpg", "annotations/{split}/*.png"),),
         "ADE20K, 150 classes", {"train": "training", "val": "validation"}, (), ADE20K_TABLE,
@@ -975,7 +975,8 @@ def hold(folder, rank):
         except OSError:                            # file systems without locks
             say(f"{folder} cannot be locked here; see that no second run writes to it")
         for left in folder.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)
+            if re.fullmatch(r"\..+\.\d+\.tmp", left.name) and left.is_file():    # of whole_file
+                left.unlink(missing_ok=True)
         yield
 
 
@@ -1020,8 +1021,10 @@ def draw_demo(root="demo", seed=0, scale=1.0):
     Raises ValueError where those of another seed are."""
     root, about = Path(root), f"demo streets of seed {seed}"
     if root.exists():
-        if (root / DRAWN).is_file() and (there := (root / DRAWN).read_text().strip()) != about:
-            raise ValueError(f"{root} holds {there}, asked for are {about}; name another folder")
+        there = (root / DRAWN).read_text().strip() if (root / DRAWN).is_file() else "other files"
+        if there != about:
+            raise ValueError(f"{root} holds {there}, asked for are {about}; name another folder, "
+                             "or remove this one")
         return
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
@@ -1874,7 +1877,8 @@ def benchmark_files(folder, size, kind):
 def main():
     config = Config(**parse_flags(Config, __doc__))
     if config.workers < 0 or config.show < 0:
-        raise ValueError("--workers must not be negative, --show must not be negative")
+        raise ValueError("--workers and --show must not be negative, found "
+                         f"{config.workers} and {config.show}")
     if config.benchmark:
         return benchmark()
     root = config.make_demo or config.data

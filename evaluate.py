@@ -24,6 +24,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -1084,11 +1085,12 @@ def check_flags(config):
     """Raise ValueError for flags out of range, or that exclude each other."""
     numbers = [t for t in config.temperature if not isinstance(t, str)]
     if min((*numbers, *config.scales)) <= 0 or max(config.scales) > 16:
-        raise ValueError("--temperature and --scales must be above 0, --scales must be at most 16")
-    if config.workers < 0 or config.thresholds < 0 or config.thresholds == 1:
-        raise ValueError("--workers must not be negative, --thresholds at least 2")
-    if config.thresholds > 100_000 or config.workers > 256:
-        raise ValueError("--thresholds must be at most 100000, --workers at most 256")
+        raise ValueError("--temperature must be above 0 and --scales in (0, 16], found "
+                         f"{' '.join(map(str, (*numbers, *config.scales)))}")
+    if not 0 <= config.workers <= 256 or not (config.thresholds == 0
+                                              or 2 <= config.thresholds <= 100_000):
+        raise ValueError("--workers must lie in 0..256 and --thresholds in 2..100000, found "
+                         f"{config.workers} and {config.thresholds}")
     if config.tile < 0 or config.tile % 512:
         raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
     modes = [name for name in ("images", "submit", "score", "ladder", "benchmark")
@@ -1108,8 +1110,9 @@ def check_flags(config):
         raise ValueError("--score needs the set that the PNGs belong to: --val NAME")
 
 
-# What must be alike in the runs of a ladder, beside the number of steps.
-LADDER_SETTINGS = ("recipe", "data", "val", "backbone", "init", "batch", "crop", "lr")
+# What may differ between the runs of a ladder. `train` and `pseudo` are alike within a row.
+LADDER_FREE = {"seed", "train", "pseudo", "out", "resume", "once", "demo", "compile",
+               "checkpoint_blocks", "save_every", "log_every", "workers", "skip_bad", "benchmark"}
 
 
 def finished_run(folder):
@@ -1119,6 +1122,7 @@ def finished_run(folder):
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text()
                    .splitlines()]
         header, last, seconds, part = records[0], records[-1], 0.0, 0.0
+        header["config"]["train"], header["config"]["val"]            # KeyError: no log of train.py
         for record in records:
             if "config" in record:               # the first line, and one for each restart
                 seconds, part = seconds + part, 0.0
@@ -1139,8 +1143,12 @@ def ladder_table(folder):
     ValueError unless every seed has the same finished rows, trained for as many steps and measured
     on the same sets.
     """
-    seeds = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-    names = {seed: sorted(path.name for path in seed.glob("*") if path.is_dir()) for seed in seeds}
+    def folders(path):
+        """Names of the folders in `path`, by the numbers in them."""
+        return sorted((item.name for item in path.glob("*") if item.is_dir()), key=lambda name: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    seeds = [Path(folder) / name for name in folders(Path(folder))]
+    names = {seed: folders(seed) for seed in seeds}
     rows = names[seeds[0]] if seeds else []
     if not rows:
         raise ValueError(f"--ladder {folder}: no runs SEED/ROW in it; `bash .ladder` makes them")
@@ -1150,11 +1158,16 @@ def ladder_table(folder):
     runs = {(row, seed): finished_run(seed / row) for row in rows for seed in seeds}
     first, _, _ = runs[rows[0], seeds[0]]
     for (row, seed), (header, _, _) in runs.items():
-        for name, here, there in (("steps", header["total"], first["total"]),
-                                  *((name, header["config"].get(name), first["config"].get(name))
-                                    for name in LADDER_SETTINGS)):
+        alike = {"steps": (header["total"], first["total"])}
+        alike |= {name: (header["config"].get(name), first["config"].get(name))
+                  for name in (header["config"].keys() | first["config"].keys()) - LADDER_FREE}
+        same_row = runs[row, seeds[0]][0]["config"]
+        alike |= {name: tuple([spec.replace(f"/{own.name}/", "/") for spec in config.get(name, ())]
+                              for own, config in ((seed, header["config"]), (seeds[0], same_row)))
+                  for name in ("train", "pseudo")}
+        for name, (here, there) in sorted(alike.items()):
             if here != there:
-                raise ValueError(f"{seed / row} and {seeds[0] / rows[0]} cannot stand in one "
+                raise ValueError(f"{seed / row} and {seeds[0]} cannot stand in one "
                                  f"table: {name} {here} and {there}")
     found = runs[rows[0], seeds[0]][1]["miou"]
     order = ("all", "clear", "snow", "fog", "rain", "night")          # the deck's

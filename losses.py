@@ -49,7 +49,7 @@ def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
 def squared_boundary_distance(labels, reach):
     """Squared distance to the nearest other label; reach^2 where it is that or more.
 
-    labels: (B, H, W) integers. Returns (B, H, W) int16 where reach^2 fits, else int32.
+    labels: (B, H, W) integers. Returns (B, H, W) int16 up to reach 128, then int32 or int64.
 
     Two passes, as in Felzenszwalb and Huttenlocher (Theory of Computing 2012): along a row the
     nearest other label is known from the label changes; over the rows at offset dy the answer is
@@ -81,8 +81,10 @@ def squared_boundary_distance(labels, reach):
 
 def squared_run_distance(labels, axis, reach):
     """Squared distance along `axis` (1 or 2) to the nearest other label, at most reach^2."""
-    # Twice the square must fit: a squared distance is added to one at most as large.
-    kind = torch.int16 if 2 * reach * reach <= 2 ** 15 else torch.int32
+    # The largest sum is reach^2 + (reach - 1)^2, of a row beyond reach and the last offset.
+    largest = reach * reach + (reach - 1) ** 2
+    kind = (torch.int16 if largest < 2 ** 15 else torch.int32 if largest < 2 ** 31
+            else torch.int64)
     size = labels.shape[axis]
     place = torch.arange(size, dtype=torch.int32, device=labels.device)
     place = place.view(-1, *(1,) * (2 - axis)).expand(labels.shape)

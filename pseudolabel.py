@@ -33,8 +33,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from data import (DATASETS, IGNORE, MANIFEST, SETTINGS, Sample, classes_of, clock, find_samples,
                   flag, hold, is_first, parse_flags, parse_spec, run_main, say, whole_file)
-from evaluate import (confidence, end_processes, load_ensemble, predictions, split_logits,
-                      start_processes)
+from evaluate import (confidence, end_processes, half_type, load_ensemble, predictions,
+                      split_logits, start_processes)
 
 CELLS = 4096                # of the confidence histograms behind --class-share
 SAMPLE = 200                # images of the pools that those histograms are taken from
@@ -153,7 +153,8 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
     share_above = (histogram.flip(1).cumsum(1).flip(1).double()
                    / histogram.sum(1, keepdim=True).clamp(min=1))
     # The highest cell edge above which the wanted share lies, for classes that occur.
-    edge = (share_above >= config.class_share).sum(1).sub(1).clamp(min=0) / CELLS
+    edge = (share_above >= config.class_share).sum(1).sub(1).clamp(min=0).double() / CELLS
+    edge = (edge * 10 ** 6).floor() / 10 ** 6                     # as settings.json keeps them
     lowered = torch.minimum(thresholds.to(device), edge.float())
     return torch.where(histogram.sum(1) > 0, lowered, thresholds.to(device)).cpu()
 
@@ -216,7 +217,7 @@ def read_statistics(path):
             if file.read() != PNG_END:
                 return None
             file.seek(0)
-            with Image.open(file) as image:
+            with Image.open(file, formats=("PNG",)) as image:
                 return json.loads(image.info[STATISTICS])
     except (OSError, SyntaxError, KeyError, ValueError, AttributeError):
         return None
@@ -318,34 +319,39 @@ def select(rows, budget, rule, min_kept):
 
 # --- the script ---------------------------------------------------------------------------------
 
-def settings_of(config, thresholds, count, classes):
+def settings_of(config, count, classes, device):
     """What decides the labels in a folder, for settings.json."""
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in config.checkpoint]
+    digests = []
+    for path in config.checkpoint:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    dtype = half_type(device, config.precision) or torch.float32
     return {"classes": list(classes), "checkpoints": digests, "pools": list(config.pools),
-            "images": count,
-            "threshold": config.threshold, "class_share": config.class_share,
-            "class_thresholds": [round(t, 6) for t in thresholds.tolist()],
-            "temperature": config.temperature,
-            "scales": list(config.scales), "flip": config.flip, "tile": config.tile,
-            "precision": config.precision, "torch": str(torch.__version__)}
+            "images": count, "threshold": config.threshold, "class_share": config.class_share,
+            "temperature": config.temperature, "scales": list(config.scales), "flip": config.flip,
+            "tile": config.tile, "precision": str(dtype)[6:], "torch": str(torch.__version__)}
 
 
-def refuse_changes(out, settings):
-    """Raise ValueError where the folder holds labels that were made with other settings."""
+def stored_thresholds(out, settings):
+    """The class thresholds of the labels in a folder, None where it has no settings.json. Raises
+    ValueError where they were made with other settings."""
     path = Path(out) / SETTINGS
     if not path.is_file():
-        return
+        return None
     try:
         there = json.loads(path.read_text())
         differing = [f"{name}: {there.get(name)} there, {value} here"
-                     for name, value in settings.items()
-                     if there.get(name) != value and name != "class_thresholds"]
-    except (ValueError, AttributeError, RecursionError):
+                     for name, value in settings.items() if there.get(name) != value]
+        thresholds = torch.tensor(there["class_thresholds"])
+        if thresholds.shape != (len(there["classes"]),):
+            raise ValueError("a threshold per class")
+    except (ValueError, AttributeError, RecursionError, KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} is damaged; remove {out} and start anew") from None
     if differing:
         raise ValueError(f"{out} holds labels made with other settings: "
                          f"{'; '.join(differing)[:600]}. "
                          "Use those, another --out, or remove the folder")
+    return thresholds
 
 
 def check(config):
@@ -356,9 +362,14 @@ def check(config):
                              f"found {getattr(config, name)}")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out} is a file; expected a folder")
-    if (not config.temperature > 0 or not all(scale > 0 for scale in config.scales)
-            or config.select < 0):
-        raise ValueError("--temperature and --scales must be above 0, --select not negative")
+    if not config.temperature > 0 or not all(0 < scale <= 16 for scale in config.scales):
+        raise ValueError("--temperature must be above 0 and --scales in (0, 16], found "
+                         f"{config.temperature} and {' '.join(map(str, config.scales))}")
+    if config.select < 0 or not 0 <= config.workers <= 256:
+        raise ValueError("--select must not be negative and --workers lie in 0..256, found "
+                         f"{config.select} and {config.workers}")
+    if config.tile < 0 or config.tile % 512:
+        raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
     if bool(config.checkpoint) != bool(config.pools):
         raise ValueError("--checkpoint and --pools belong together; without both, only --select "
                          "works")
@@ -374,14 +385,16 @@ def make_labels(config):
     classes = state["classes"]
     check_classes(config, classes)
     samples = pool_samples(config.data, config.pools)
-    refuse_changes(config.out, settings_of(
-        config, torch.full((len(classes),), config.threshold), len(samples), classes))
-    thresholds = class_thresholds(models, samples, config, len(classes), device, rank, world)
+    settings = settings_of(config, len(samples), classes, device)
+    thresholds = stored_thresholds(config.out, settings)
+    if thresholds is None:
+        thresholds = class_thresholds(models, samples, config, len(classes), device, rank, world)
     with hold(config.out, rank):
-        if rank == 0:
+        # Again, since another start may have been here while the thresholds were read off.
+        if rank == 0 and stored_thresholds(config.out, settings) is None:
             with whole_file(Path(config.out) / SETTINGS) as temporary:
-                temporary.write_text(json.dumps(
-                    settings_of(config, thresholds, len(samples), classes), indent=1) + "\n")
+                settings["class_thresholds"] = [round(t, 6) for t in thresholds.tolist()]
+                temporary.write_text(json.dumps(settings, indent=1) + "\n")
         if world > 1:
             dist.barrier()                   # labels only in a folder that says how they were made
         left = [s for s in samples[rank::world]

@@ -143,6 +143,7 @@ def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretr
     return SwiftNet(features, num_classes, width or ladder_width(backbone), levels)
 
 
+ARCHITECTURE = {"backbone", "num_classes", "levels", "width", "drop_path", "layer_scale"}
 CHECKPOINT = {"model": dict, "architecture": dict, "classes": tuple, "config": dict, "step": int,
               "total": int}
 
@@ -156,7 +157,7 @@ def read_checkpoint(path):
     state = read_tensors(path)
     wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(state.get(key), kind)]
     # A tensor that is larger than its storage repeats numbers: a few bytes that ask for gigabytes.
-    if wrong or not all(isinstance(value, torch.Tensor)
+    if wrong or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided
                         and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
                         for value in state["model"].values()):
         raise ValueError(f"{path} is no checkpoint of train.py (it lacks "
@@ -168,8 +169,13 @@ def load_checkpoint(path, device="cpu"):
     """Model in eval mode and the state dict (read_checkpoint) of a checkpoint of train.py."""
     state = read_checkpoint(path)
     try:
+        # no other argument: `pretrained` would let a stranger's file fetch or open another
+        if unknown := state["architecture"].keys() - ARCHITECTURE:
+            raise ValueError(f"unknown {', '.join(sorted(map(str, unknown)))}")
         with torch.device("meta"):                       # no memory before the shapes are right
             expected = build(**state["architecture"]).state_dict()
+        if missing := expected.keys() - state["model"].keys():
+            raise ValueError(f"it lacks {min(missing)}")
         for name in expected.keys() & state["model"].keys():
             if expected[name].shape != (found := state["model"][name].shape):
                 raise ValueError(f"{name} is {tuple(found)}, not {tuple(expected[name].shape)}")

@@ -483,6 +483,10 @@ class SpeedTest(unittest.TestCase):
             "test_schema", "test_autograd_registration", "test_faketensor",
             "test_aot_dispatch_static"))
 
+    def test_benchmark_is_of_the_recipe(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):    # no data/ here
+            self.assertEqual(train.settle({"benchmark": True}).backbone, "convnext_large")
+
     def test_benchmark_prints_a_table(self):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
@@ -519,6 +523,13 @@ class LossTest(unittest.TestCase):
         distance = losses.boundary_distance(labels)
         self.assertEqual(distance[0, 0, 0].item(),
                          float(np.float32(math.sqrt(39 ** 2 + 5999 ** 2))))
+
+    def test_distance_of_a_long_image(self):
+        labels = torch.zeros(1, 1, 50_000, dtype=torch.uint8)      # squares above 2^31
+        labels[0, 0, 0] = 1
+        expected = torch.arange(50_000, dtype=torch.float32)
+        expected[0] = 1
+        self.assertTrue(torch.equal(losses.boundary_distance(labels)[0, 0], expected))
 
     def test_distance_under_flips(self):
         labels = torch.randint(0, 3, (2, 21, 34), generator=torch.Generator().manual_seed(1))
@@ -3133,8 +3144,8 @@ class MistakeTest(Refusals):
                 (evaluate, ["--temperature", 0], "above 0"),
                 (evaluate, ["--temperature", "warm"], "invalid temperature value"),
                 (evaluate, ["--tile", -512], "--tile must be|--tile"),
-                (evaluate, ["--thresholds", 1], "--thresholds at least 2"),
-                (evaluate, ["--workers", -1], "--workers must not be negative"),
+                (evaluate, ["--thresholds", 1], "--thresholds in 2..100000"),
+                (evaluate, ["--workers", -1], "--workers must lie in 0..256"),
                 (evaluate, ["--precision", "fp8"], "invalid choice: 'fp8'"),
                 (evaluate, [], "no checkpoint: nothing matches runs/.*train.py"),
                 (data, ["--data", "elsewhere"], "elsewhere: no such folder")):
@@ -3499,13 +3510,13 @@ def catalogue():
              "--width", 16),
             (train, "cannot fetch https://localhost:1/w.pth .*download it elsewhere", *TRAIN,
              "--pretrained", "https://localhost:1/w.pth"),
-            (evaluate, "--temperature and --scales must be above 0", "--temperature", -1),
-            (evaluate, "--temperature and --scales must be above 0", "--scales", 0),
-            (evaluate, "--scales must be at most 16", *EVALUATE, "--scales", 10 ** 6),
+            (evaluate, "--temperature must be above 0 .* found -1.0 1.0", "--temperature", -1),
+            (evaluate, "--scales in .0, 16., found 1.0 0.0", "--scales", 0),
+            (evaluate, "--scales in .0, 16.", *EVALUATE, "--scales", 10 ** 6),
             (evaluate, "--tile must be a multiple of 512", "--tile", 500),
-            (evaluate, "--thresholds at least 2", "--thresholds", 1),
-            (evaluate, "--thresholds .* at most 100000", "--thresholds", 10 ** 12),
-            (evaluate, "--workers must not be negative", "--workers", -1),
+            (evaluate, "--thresholds in 2..100000", "--thresholds", 1),
+            (evaluate, "--thresholds in 2..100000", "--thresholds", 10 ** 12),
+            (evaluate, "--workers must lie in 0..256 .* found -1", "--workers", -1),
             (evaluate, "--images and --score exclude", "--images", "data", "--score", "predicted"),
             (evaluate, "--panels-worst needs it", "--panels-worst"),
             (evaluate, "--score needs the set", "--score", "predicted"),
@@ -3523,8 +3534,12 @@ def catalogue():
             (pseudolabel, r"--threshold must lie in \[0, 1\]", "--threshold", 1.5),
             (pseudolabel, r"--class-share must lie in \[0, 1\]", "--class-share", -1),
             (pseudolabel, r"--min-kept must lie in \[0, 1\]", "--min-kept", 2),
-            (pseudolabel, "--temperature and --scales must be above 0", "--temperature", 0),
-            (pseudolabel, "--select not negative", "--select", -1),
+            (pseudolabel, "--temperature must be above 0 .* found 0.0 and 1.0", "--temperature", 0),
+            (pseudolabel, "--scales in .0, 16., found 1.0 and 1000.0", "--scales", 1000),
+            (pseudolabel, "--select must not be negative .* found -1", "--select", -1),
+            (pseudolabel, "--workers lie in 0..256, found 0 and 257", "--workers", 257),
+            (pseudolabel, "--tile must be a multiple of 512 pixels, found 100", "--tile", 100),
+            (pseudolabel, "--tile must be a multiple of 512 pixels, found -512", "--tile", -512),
             (pseudolabel, "belong together", "--pools", "stf"),
             (pseudolabel, "nothing to do", "--flip"),
             (pseudolabel, "no images in pool 'cadc'", *POOL, "--pools", "cadc"),
@@ -3532,7 +3547,7 @@ def catalogue():
             (pseudolabel, "three.pt/x.* cannot be written: Not a directory", *POOL, "--out",
              "three.pt/x"),
             (data, "--data nowhere: no such folder", "--data", "nowhere"),
-            (data, "--workers must not be negative", "--workers", -1),
+            (data, "--workers and --show must not be negative, found -1 and 0", "--workers", -1),
             (data, "--show must not be negative", "--show", -1)):
         yield " ".join(map(str, (script.__name__, *arguments[-2:])))[:60], script, arguments, {}, \
             words
@@ -3605,6 +3620,12 @@ def catalogue():
              "1000000000 levels.*expected levels in 1..8"),
             ("of a billion channels", changed(architecture={"width": 10 ** 9}), "width 1000000000"),
             ("of an unknown backbone", changed(architecture={"backbone": []}), "does not fit its"),
+            ("that would fetch another file",
+             changed(architecture={"pretrained": "https://localhost/w.pth"}), "unknown pretrained"),
+            ("of no weights", lambda path: path.write_bytes(saved({
+                **torch.load(CatalogueTest.good / "run/last.pt"), "model": {}})), "it lacks "),
+            ("of sparse weights", changed({"head.2.bias": torch.ones(3).to_sparse()}),
+             "no checkpoint of train.py"),
             ("of weights that are not finite",
              changed({"head.2.bias": torch.full((3,), math.nan)}), "logits of .* are not finite")):
         yield f"evaluate, checkpoint: {title}", evaluate, (*EVALUATE, "--checkpoint", "bad.pt"), \
@@ -3615,12 +3636,13 @@ def catalogue():
             ("no score", changed(best="high"), "cannot be continued .it lacks best"),
             ("a step below 0", changed(step=-3), "cannot be continued .it lacks steps"),
             ("weights of another network", changed({"head.2.bias": torch.ones(4)}),
-             "last.pt does not fit: size mismatch"),
+             "last.pt of run does not fit: size mismatch"),
             ("other images", changed(data="2 + 2 images 00"), "was trained on other files")):
         yield f"a run's last.pt: {title}", train, (*TRAIN, "--out", "run"), \
             {"run/last.pt": content}, words
     for title, config, words in (("of another version", {"speed": 1}, "has settings speed"),
-                                 ("of a wrong type", {"lr": "fast"}, "has settings lr")):
+                                 ("of a wrong type", {"lr": "fast"}, "has settings lr"),
+                                 ("of a wrong type inside", {"train": (1,)}, "settings train")):
         yield f"--resume, settings {title}", train, ("--resume", "run"), \
             {"run/last.pt": changed(config=config)}, words
     for title, (content, words) in BROKEN_SAFETENSORS.items():
@@ -3910,7 +3932,8 @@ class LadderTest(Temporary):
         folder.mkdir(parents=True, exist_ok=True)
         records = []
         for i, length in enumerate(seconds):
-            header = {"config": {"seed": seed, "val": ["acdc"], **settings}, "total": total}
+            config = {"seed": seed, "train": ["acdc"], "val": ["acdc"], "pseudo": [f"p/{seed}/v1"]}
+            header = {"config": {**config, **settings}, "total": total}
             records += [{"restart": 3, **header} if i else header,
                         {"step": 3 + i, "loss": 1.0, "seconds": length}]
         records.append({"step": step, "miou": scores, "seconds": seconds[-1]})
@@ -3956,6 +3979,13 @@ class LadderTest(Temporary):
             evaluate.ladder_table(folder)
         self.log(0, "2-annotations", scores)
         self.log(1, "1-acdc", scores)
+        for how, words in (({"train": ["cityscapes"]}, "train .'cityscapes'. and .'acdc'."),
+                           ({"pseudo": ["p/1/v1*2"]}, "pseudo .'p/v1.2'. and .'p/v1'."),
+                           ({"precision": "fp16"}, "precision fp16 and None")):
+            self.log(1, "2-annotations", scores, **how)
+            with self.assertRaisesRegex(ValueError, words):
+                evaluate.ladder_table(folder)
+        shutil.rmtree(folder / "1/2-annotations")
         with self.assertRaisesRegex(ValueError, "runs/1 has the rows 1-acdc, .*/0 1-acdc 2-ann"):
             evaluate.ladder_table(folder)
         with self.assertRaisesRegex(ValueError, "--ladder elsewhere: no runs SEED/ROW"):
@@ -3973,7 +4003,7 @@ class LadderTest(Temporary):
             result = subprocess.run(["bash", ".ladder", "demo", "streets", "3"], env=environ,
                                     cwd=self.folder, capture_output=True, text=True)
             self.assertEqual(result.returncode, 0, result.stdout[-2000:] + result.stderr[-2000:])
-            return re.findall(r"^(runs/\S+): (new|finished)", result.stdout, re.M)
+            return re.findall(r"^(runs/\S+): (new|finished before|finished)", result.stdout, re.M)
         rows = ("1-acdc", "2-annotations", "3-v1", "4-v2")
         self.assertEqual(start(), [(f"runs/ladder-streets/3/{row}", what) for row in rows
                                    for what in ("new", "finished")])
@@ -3990,7 +4020,9 @@ class LadderTest(Temporary):
         before = (pseudo / "v2/manifest.csv").read_bytes()
         next((pseudo / "v2/stf").rglob("*.png")).unlink()
         shutil.rmtree(runs / "4-v2")
-        self.assertEqual(start(), [("runs/ladder-streets/3/4-v2", "new"),
+        self.assertEqual(start(), [*((f"runs/ladder-streets/3/{row}", "finished before")
+                                     for row in rows[:3]),
+                                   ("runs/ladder-streets/3/4-v2", "new"),
                                    ("runs/ladder-streets/3/4-v2", "finished")])
         self.assertEqual((pseudo / "v2/manifest.csv").read_bytes(), before)
         again = torch.load(runs / "4-v2/last.pt", weights_only=True)
@@ -3998,6 +4030,11 @@ class LadderTest(Temporary):
             self.assertTrue(torch.equal(tensor, again["model"][name]), name)
         self.assertEqual(sorted(path.name for path in runs.iterdir()), list(rows))
         self.assertEqual(len(evaluate.ladder_table(runs.parent)), 7)
+        refused = subprocess.run(["bash", ".ladder", "demo", "streets", "3"], cwd=self.folder,
+                                 env={**environ, "STEPS": "3"}, capture_output=True, text=True)
+        self.assertEqual(refused.returncode, 2)
+        self.assertRegex(refused.stderr, "1-acdc holds a run .step 2 of 2. with other settings: "
+                         "--steps 2 there, 3 here")
         result = subprocess.run(["bash", ".ladder", "demos"], cwd=self.folder, capture_output=True,
                                 text=True)
         self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1))
@@ -4111,11 +4148,14 @@ class GpuTest(Temporary):
             self.assertLess((eager - compiled).norm() / eager.norm(), 0.05)
 
     def test_distances_and_metrics_equal_the_cpu(self):
-        labels = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)
-        self.assertTrue(torch.equal(losses.boundary_distance(labels.cuda()).cpu(),
-                                    losses.boundary_distance(labels)))
-        self.assertTrue(torch.equal(losses.boundary_weights(labels.cuda()).cpu(),
-                                    losses.boundary_weights(labels)))
+        areas = torch.randint(0, 4, (2, 40, 60)).repeat_interleave(5, 1).repeat_interleave(5, 2)
+        far = torch.zeros(2, 300, 300, dtype=torch.uint8)             # the answer lies rows away
+        far[0, 150, 150], far[1, 0, 0], far[1, 299, 299] = 1, 1, 2
+        for labels in (areas, far):
+            self.assertTrue(torch.equal(losses.boundary_distance(labels.cuda()).cpu(),
+                                        losses.boundary_distance(labels)))
+            self.assertTrue(torch.equal(losses.boundary_weights(labels.cuda()).cpu(),
+                                        losses.boundary_weights(labels)))
         logits = torch.randn(2, 4, 200, 300)
         ours, theirs = evaluate.Metrics(4), evaluate.Metrics(4, device="cuda")
         ours.update(logits, labels)

@@ -36,7 +36,7 @@ from data import (DATASETS, IGNORE, MANIFEST, Progress, StepSampler, TrainSet, a
                   class_counts, classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
                   hold, ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say,
                   whole_file, writing)
-from evaluate import (autocast, count_conditions, end_processes, evaluate, half_type,
+from evaluate import (autocast, count_conditions, end_processes, evaluate, gathered, half_type,
                       start_processes, summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
 from swiftnet import build, count_macs, read_checkpoint
@@ -56,13 +56,15 @@ class Config:
     demo: bool = flag(False, "the same as --recipe demo: train on generated streets, "
                       "drawn into demo/")
     data: str = flag("data", "data root, a folder per set")
-    train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT; "
+    train: tuple = flag((), "sets to train on, NAME, NAME:PART,PART or either with *WEIGHT "
                         "(default: the annotated sets found)")
     pseudo: tuple = flag((), "folders of pseudolabel.py to train on as well, FOLDER or "
                          "FOLDER*WEIGHT")
     val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
     resume: str = flag("", "run folder to continue, with the settings stored there")
+    once: bool = flag(False, "where --out holds this run, finished, leave it so "
+                      "instead of starting another beside it")
     init: str = flag("", "checkpoint to take weights from, and nothing else")
     backbone: str = flag("convnext_large", "size of the backbone", choices=tuple(SIZES))
     pretrained: str = flag("in22k_1k_384", "backbone weights: in1k, in22k, in22k_1k_384, a path, "
@@ -99,7 +101,8 @@ class Config:
     workers: int = flag(8, "loader processes per process")
     seed: int = flag(0, "seed of weights, sampling and augmentation")
     benchmark: bool = flag(False, "time the network on this machine, beside its matrix products; "
-                           "--backbone, --crop, --batch-per-process, --precision count")
+                           "--backbone, --levels, --width, --crop, --batch-per-process, "
+                           "--precision, --compile, --checkpoint-blocks count")
 
 
 # What differs from the defaults above, which are the deck's.
@@ -120,7 +123,7 @@ RECIPES = {
 # Flags that may differ between a run and its continuation: they do not change what is learned.
 # batch_per_process is not among them: BatchNorm's statistics are those of one forward.
 FREE = ("demo", "out", "resume", "compile", "checkpoint_blocks", "save_every", "log_every",
-        "workers", "skip_bad", "benchmark")
+        "workers", "skip_bad", "benchmark", "once")
 
 
 def settle(given):
@@ -130,13 +133,16 @@ def settle(given):
         path = last_checkpoint(given["resume"])
         base, kinds = read_checkpoint(path)["config"], {name: type(value) for name, value
                                                  in dataclasses.asdict(Config()).items()}
-        if strange := sorted(name for name in base if type(base[name]) is not kinds.get(name)):
+        inside = {"zoom": float}                       # of the other tuples: str
+        if strange := sorted(name for name, value in base.items()
+                             if type(value) is not kinds.get(name) or kinds[name] is tuple
+                             and {*map(type, value)} - {inside.get(name, str)}):
             raise ValueError(f"{path} was written by another version: it has settings "
                              f"{', '.join(strange)}")
     else:
         if (not given.get("demo")
                 and not {"recipe", "data", "train", "val", "pseudo"} & given.keys()
-                and not Path("data").is_dir()):
+                and not given.get("benchmark") and not Path("data").is_dir()):
             say("no --data given and no folder data/ here: training on the generated demo streets")
             given = {**given, "demo": True}
         if given.get("demo") and given.setdefault("recipe", "demo") != "demo":
@@ -190,7 +196,6 @@ def settle_data(config):
     return dataclasses.replace(config, train=train, val=val)
 
 
-
 # --- the run folder -----------------------------------------------------------------------------
 
 def choose_run(config):
@@ -219,8 +224,10 @@ def choose_run(config):
             if state["step"] < state["total"]:
                 refuse_changes(config, state, folder)
                 return folder, state
-            # it died after its last step: nothing is left to do
-            if restarted and not changes(config, state):
+            # it died after its last step, or --once asks for no other: nothing is left to do
+            if config.once:
+                refuse_changes(config, state, folder)
+            if config.once or restarted and not changes(config, state):
                 return folder, state
         elif not (folder / "best.pt").is_file():
             return folder, None
@@ -250,13 +257,13 @@ CONTINUED = {"optimizer": dict, "scaler": dict, "best": float, "untrained": dict
 
 
 def refuse_changes(config, state, folder):
-    """Raise ValueError where an unfinished run was made with other settings, or is not whole."""
+    """Raise ValueError where a run was made with other settings, or its state is not whole."""
     wrong = [key for key, kind in CONTINUED.items() if not isinstance(state.get(key), kind)]
     if wrong or state["step"] < 0:
         raise ValueError(f"{folder / 'last.pt'} cannot be continued (it lacks "
                          f"{', '.join(wrong) or 'steps'}); give it to --init, or remove the folder")
     if differing := changes(config, state):
-        raise ValueError(f"{folder} holds an unfinished run (step {state['step']} of "
+        raise ValueError(f"{folder} holds a run (step {state['step']} of "
                          f"{state['total']}) with other settings: {'; '.join(differing)}. "
                          "Use those, another --out, or remove the folder")
 
@@ -344,7 +351,7 @@ def make_model(config, classes, state):
             module.momentum = config.bn_momentum
     model.backbone.checkpoint_blocks = config.checkpoint_blocks
     if state is not None:
-        load_weights(model, state["model"], "last.pt")
+        load_weights(model, state["model"], f"last.pt of {config.out or config.recipe}")
     elif config.init:
         take_weights(model, config.init, classes)
     elif config.pretrained != "none":
@@ -612,7 +619,8 @@ def train(config, rank, world, device):
     digest = data_digest(samples, weights, val_samples, config.pseudo)
     folder, state = choose_run(config)     # every process looks; none writes before all have looked
     if state and state["step"] >= state["total"]:
-        return say(f"{folder}: finished before this restart")
+        refuse_other_data(folder, state, digest, world, state["dtype"])
+        return say(f"{folder}: finished before, nothing to do")
     steps = make_steps(config, classes, state, rank, world, device, total)
     dtype = str(steps.dtype or torch.float32)
     if state:
@@ -752,6 +760,7 @@ def milliseconds(pieces, device, rounds):
     for function in pieces.values():                                  # compiles, allocates, tunes
         function()
     repeats = {name: max(1, int(10 / took(function, 1))) for name, function in pieces.items()}
+    repeats = gathered(repeats)[0]           # collectives inside must be as many on every process
     times = {name: [] for name in pieces}
     for _ in range(rounds):
         for name, function in pieces.items():
@@ -784,15 +793,19 @@ def kinds_of_blocks(model, height, width, batch, device, dtype, training):
             block, count = model.backbone.stages[i][0], model.backbone.depths[i]
             x = torch.randn(batch, dim, *size, device=device)
             x = x.contiguous(memory_format=torch.channels_last)
-            pieces = {"depthwise": (block.dwconv, x), "blocks": (block, x), "pointwise":
-                      (lambda y, b=block: b.pwconv2(b.pwconv1(y)), x.permute(0, 2, 3, 1))}
-            for kind, (module, given) in pieces.items():
-                kinds[kind].append((runner(module, given, device, dtype, training), count))
+            pieces = {"depthwise": (block.dwconv, [block.dwconv], x), "blocks": (block, [block], x),
+                      "pointwise": (lambda y, b=block: b.pwconv2(b.pwconv1(y)),
+                                    [block.pwconv1, block.pwconv2], x.permute(0, 2, 3, 1))}
+            for kind, (module, layers, given) in pieces.items():
+                weights = [weight for layer in layers for weight in layer.parameters()]
+                kinds[kind].append((runner(module, weights, given, device, dtype, training),
+                                    count))
     return kinds
 
 
-def runner(module, given, device, dtype, training):
-    """A function that runs `module` on `given`: forward, and backward if `training`."""
+def runner(module, weights, given, device, dtype, training):
+    """A function that runs `module` on `given`: forward, and if `training` the gradients of `given`
+    and of `weights`."""
     if not training:
         def run():
             with torch.inference_mode(), autocast(device, dtype):
@@ -800,18 +813,20 @@ def runner(module, given, device, dtype, training):
         return run
     # in the type that autocast feeds these layers, so that no cast is counted with them
     given = given.to(dtype or torch.float32).requires_grad_()
+    wanted = (given, *weights)
 
     def run():
         with autocast(device, dtype):
             y = module(given)
-        y.backward(y.detach())
+        torch.autograd.grad(y, wanted, y.detach())
     return run
 
 
 KERNELS = (("depthwise", r"depthwise|_c1_k1_|wgrad2d_"),
            ("matrix products and dense convolutions", r"nvjet|gemm|xmma|cutlass|convolve"),
            ("batch norm", r"batch_?norm|bn_(fw|bw)"), ("upsampling", "upsample"),
-           ("optimizer", "multi_tensor"), ("layer norm, elementwise, copies", ""))
+           ("optimizer", "multi_tensor"), ("communication", "nccl"),
+           ("layer norm, elementwise, copies", ""))
 
 
 def kernel_times(function):
@@ -821,7 +836,7 @@ def kernel_times(function):
         torch.cuda.synchronize()
     times = dict.fromkeys((kind for kind, _ in KERNELS), 0.0)
     for event in profile.key_averages():
-        if not event.key.startswith("Optimizer"):       # an annotation around kernels
+        if not event.is_user_annotation:                # which lies around kernels
             kind = next(kind for kind, names in KERNELS if re.search(names, event.key, re.I))
             times[kind] += event.self_device_time_total / 1000
     return times
@@ -831,7 +846,8 @@ def benchmark(config, rank, world, device):
     """Print speed, memory and share of the matrix-product ceiling of one network on this machine:
     forward of one image of crop x (2 crop) and training step of batch_per_process crops, and where
     their time goes. Weights are random. Everything is timed in turns within one run, medians."""
-    config = dataclasses.replace(config, batch=config.batch_per_process * world, pretrained="none")
+    config = dataclasses.replace(config, batch=config.batch_per_process * world,
+                                 pretrained="none", init="")
     batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
     steps = make_steps(config, range(19), None, rank, world, device, 1000)
     model, dtype = steps.model, steps.dtype
@@ -842,9 +858,6 @@ def benchmark(config, rank, world, device):
     ids = areas.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
     picture = torch.randint(0, 256, (1, 3, crop, 2 * crop), dtype=torch.uint8, generator=generator)
     picture, labels = picture.to(device), ids.to(device)
-    logits = torch.randn(batch, 19, crop, crop, device=device, dtype=dtype or torch.float32)
-    logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
-    weights = steps.weigh(labels)
 
     def forward():
         model.eval()
@@ -854,19 +867,26 @@ def benchmark(config, rank, world, device):
 
     def step():
         steps(0, images, ids)
+    peaks = {}
+    for function in (forward, step):
+        function()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            function()
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+            peaks[function] = f", peak memory {memory:.1f} GiB"
+    logits = torch.randn(batch, 19, crop, crop, device=device, dtype=dtype or torch.float32)
+    logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = steps.weigh(labels)
     ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
     extra = {"boundary weights": lambda: steps.weigh(labels),
-             "loss": lambda: steps.criterion(logits, labels.long(), weights).backward(),
+             "loss": lambda: torch.autograd.grad(
+                 steps.criterion(logits, labels.long(), weights), logits),
              "input": lambda: (images.to(device).float() - model.mean) / model.std}
     rates, lines = {}, []
     for title, whole, factor, shape in (("forward", forward, 2, (1, crop, 2 * crop)),
                                         ("training step", step, 6, (batch, crop, crop))):
-        whole()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            whole()
-            torch.cuda.synchronize()
-            peak = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
         pieces = {"whole": whole, **{name: product for name, (product, _) in ceiling.items()},
                   **(extra if whole is step else {})}
         # On a GPU the kernels tell where the time goes; compiled for a CPU, layers are no pieces.
@@ -882,7 +902,8 @@ def benchmark(config, rank, world, device):
         parts = {name: took[name] for name in extra if name in took}
         if on_gpu:
             kernels = kernel_times(whole)
-            parts |= {**kernels, "idle": total - sum(kernels.values())}
+            parts = {**kernels, "idle": total - sum(kernels.values()),
+                     **{f"of it {name}": time for name, time in parts.items()}}
         elif kinds:
             for kind, runs in kinds.items():
                 parts[kind] = sum(took[kind, i] * count for i, (_, count) in enumerate(runs))
@@ -893,7 +914,7 @@ def benchmark(config, rank, world, device):
             build(config.backbone, 19, config.width or None, config.levels), *shape[1:]) / total
         lines.append((speed, f"{title}, {' x '.join(map(str, shape))}: {total:.1f} ms (10-90 %: "
                       f"{low:.1f}-{high:.1f}), {1000 * shape[0] * world / total:.2f} images/s"
-                      + (peak if on_gpu else ""),
+                      + peaks.get(whole, ""),
                       ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())))
     best = max(rates, key=rates.get)
     name = (torch.cuda.get_device_name(device) if on_gpu
@@ -913,12 +934,12 @@ def main():
         or "the defaults below, the deck's"),
         110, subsequent_indent="    ") + "\n" for name, changes in RECIPES.items())
     config = settle(parse_flags(Config, f"{__doc__}\nRecipes, by what they change:\n{recipes}"))
+    if config.benchmark:
+        benchmark(config, *start_processes())
+        return end_processes()
     if config.recipe == "demo" and config.data == "demo" and is_first():
         draw_demo(config.data)                 # the others wait in start_processes
     rank, world, device = start_processes()
-    if config.benchmark:
-        benchmark(config, rank, world, device)
-        return end_processes()
     if config.batch % world:
         raise ValueError(f"--batch {config.batch} does not divide by {world} processes; choose a "
                          f"multiple of {world}")
