@@ -9,7 +9,6 @@ Needs torch, numpy and pillow, two CPU cores, no data and no network.
 """
 
 import argparse
-import ast
 import contextlib
 import csv
 import dataclasses
@@ -41,7 +40,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import convnext
 import data
@@ -153,7 +151,6 @@ def foreign_layouts(state):
                     tensor[..., None, None] if linear else tensor)
                 hugging[f"{hugging_block}.{'layernorm' if what == 'norm' else what}."
                         f"{leaf}"] = tensor
-    width = state["downsample_layers.3.1.weight"].shape[0]
 
     def head(names):
         return {f"{name}.{leaf}": torch.zeros(7) for name in names for leaf in ("weight", "bias")}
@@ -457,6 +454,8 @@ class SpeedTest(unittest.TestCase):
         self.model.backbone.checkpoint_blocks = True
         again = self.grads(self.model, self.model, self.images)
         self.assertTrue(all(map(torch.equal, self.plain, again)))
+        batches = self.model.lateral[0][0][0].num_batches_tracked
+        self.assertEqual(batches.item(), 2)                    # no statistics are updated twice
 
     def test_whole_network_is_one_graph_and_equal(self):
         # the graph as torch.compile sees it, without the compiler behind it; a graph break raises
@@ -1356,7 +1355,7 @@ class DataTest(Temporary):
                 with self.assertRaisesRegex((ValueError, OSError), words):
                     data.gather(".", ("cityscapes", "pseudo/v1"), "train", True)
             settings.write_text(json.dumps({"classes": data.CLASSES}))
-            for row in (f"../../etc/passwd,x.png,1,1", f"{image},/etc/passwd,1,1",
+            for row in ("../../etc/passwd,x.png,1,1", f"{image},/etc/passwd,1,1",
                         f"{image},../x.png,1,1", f"{image},,1,1"):
                 manifest(row)
                 with self.assertRaisesRegex(ValueError,
@@ -2318,22 +2317,6 @@ class TrainTest(Temporary):
         write_checkpoint(path, tiny_model(7, levels=1), classes=names)
         with self.assertRaisesRegex(ValueError, "does not fit"):
             train.take_weights(model, path, names)
-
-    def test_speed_options_change_nothing(self):
-        """Recomputed blocks and torch's other memory layout give the plain network's gradients."""
-        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-        grads = []
-        for option in ("plain", "checkpoint", "contiguous"):
-            model = tiny_model().train()
-            model.backbone.checkpoint_blocks = option == "checkpoint"
-            if option == "contiguous":
-                model = model.to(memory_format=torch.contiguous_format)
-            model(images).square().mean().backward()
-            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-            statistics = model.lateral[0][0][0].num_batches_tracked.item()
-            self.assertEqual(statistics, 1)                    # no statistics are updated twice
-        for other in grads[1:]:
-            torch.testing.assert_close(other, grads[0], rtol=1e-3, atol=1e-5)
 
 
 # --- pseudolabel.py -----------------------------------------------------------------------------
