@@ -4392,7 +4392,7 @@ def mutations(count, seed):
     MUTATIONS is not."""
     folder, rng = Path(tempfile.mkdtemp(prefix="swiftnet-")), np.random.default_rng(seed)
     copied = (*HERE.glob("*.py"), HERE / "README.md", *HERE.glob(".ladder"))
-    survivors, caught = [], {"chosen": 0, "random": 0}
+    survivors, caught = [], {"none": 0, "chosen": 0, "random": 0}
 
     def notice(kind, name, text, about, classes):
         for path in copied:
@@ -4415,14 +4415,15 @@ def mutations(count, seed):
         by = f"{failed[2]}.{failed[1]}" if failed else f"exit status {process.returncode}"
         seen = process.returncode != 0
         caught[kind] += seen
-        print(f"{'caught  ' if seen else 'SURVIVED'} {time.monotonic() - began:6.1f} s  {about}"
+        word = "caught  " if seen else "passed  " if kind == "none" else "SURVIVED"
+        print(f"{word} {time.monotonic() - began:6.1f} s  {about}"
               + (f"  by {by}" if seen else f"  ({classes})"), flush=True)
         if not seen:
             survivors.append(about)
 
     try:
         for tests in sorted({*" ".join((*COVERED.values(), *(m[3] for m in MUTATIONS))).split()}):
-            notice("random", "README.md", (HERE / "README.md").read_text(), "nothing is changed",
+            notice("none", "README.md", (HERE / "README.md").read_text(), "nothing is changed",
                    tests)
             if not survivors:
                 sys.exit(f"{tests} fails without a mutation: mend that first")
