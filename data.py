@@ -885,21 +885,24 @@ def run_main(main):
     Under torchrun every process usually finds the same mistake: rank 0 speaks first and torchrun
     ends the others; a process that alone found one speaks after two seconds.
     """
+    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    memory = "Where memory ran out, lower --workers. The same command continues"
     try:
         main()
+    except (ConnectionError, EOFError) as error:     # a loader worker ended while it handed over
+        sys.exit(f"{name}: rank {rank} stops: a process that it read from ended ({error!r}), "
+                 f"a DataLoader worker most likely. {memory}")
     except (ValueError, OSError) as error:
         if not is_first():
             time.sleep(2)
         sys.stdout.flush()
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:
-        name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
         if "by peer" in str(error):                  # gloo's words when another process has ended
             message = f"rank {rank} stops, as another process ended"
         elif "DataLoader worker" in str(error):      # torch's, with the signal that ended it
-            message = (f"rank {rank} stops: {str(error).splitlines()[0]} Where memory ran out, "
-                       "lower --workers. The same command continues")
+            message = f"rank {rank} stops: {str(error).splitlines()[0]} {memory}"
         else:
             raise
         print(f"{name}: {message}", file=sys.stderr, flush=True)
