@@ -103,6 +103,7 @@ def resize(x, size):
 # times slower than the stock one (README, "Speed"). As an operator of our own it stays whole.
 @torch.library.custom_op("swiftnet::resize", mutates_args=())
 def compiled_resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """resize of (B, C, H, W) to (B, C, height, width), in channels-last memory."""
     y = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -114,12 +115,14 @@ def _(x, height, width):
 
 
 def resize_backward(ctx, grad):
+    """Gradient of compiled_resize's x; the size has none."""
     return torch.ops.aten.upsample_bilinear2d_backward(
         grad.contiguous(memory_format=torch.channels_last), grad.shape[2:], ctx.shape, False), \
         None, None
 
 
 def save_shape(ctx, inputs, output):
+    """Keep for the backward pass what it needs of x: its shape."""
     ctx.shape = inputs[0].shape
 
 
