@@ -95,6 +95,7 @@ def channels_last(weight):
 def resize(x, size):
     """Bilinear interpolation of (B, C, H, W) to size (height, width), pixel centres aligned."""
     if x.is_cuda and torch.compiler.is_compiling():
+        x = x.float() if torch.is_autocast_enabled("cuda") else x      # as autocast does below
         return compiled_resize(x, *size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
