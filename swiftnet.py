@@ -101,7 +101,8 @@ def resize(x, size):
 
 
 # torch.compile would take interpolate apart and give it a backward pass of atomic additions, four
-# times slower than the stock one (README, "Speed"). As an operator of our own it stays whole.
+# times slower than the stock one, and would hand the stock one its gradient in an order that is
+# slow as well (README, "Speed"). As operators of our own both stay whole.
 @torch.library.custom_op("swiftnet::resize", mutates_args=())
 def compiled_resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """resize of (B, C, H, W) to (B, C, height, width), in channels-last memory."""
@@ -109,25 +110,34 @@ def compiled_resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
+@torch.library.custom_op("swiftnet::resize_gradient", mutates_args=())
+def resize_gradient(grad: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Gradient (B, C, height, width) of compiled_resize's x, in channels-last memory."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    gradient = torch.ops.aten.upsample_bilinear2d_backward(
+        grad, grad.shape[2:], (*grad.shape[:2], height, width), False)
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
 @compiled_resize.register_fake
-def _(x, height, width):
+@resize_gradient.register_fake
+def resized_like(x, height, width):
+    """What both return, without its values."""
     return torch.empty(*x.shape[:2], height, width, dtype=x.dtype, device=x.device,
                        memory_format=torch.channels_last)
 
 
 def resize_backward(ctx, grad):
     """Gradient of compiled_resize's x; the size has none."""
-    return torch.ops.aten.upsample_bilinear2d_backward(
-        grad.contiguous(memory_format=torch.channels_last), grad.shape[2:], ctx.shape, False), \
-        None, None
+    return resize_gradient(grad, *ctx.size), None, None
 
 
-def save_shape(ctx, inputs, output):
-    """Keep for the backward pass what it needs of x: its shape."""
-    ctx.shape = inputs[0].shape
+def save_size(ctx, inputs, output):
+    """Keep for the backward pass what it needs of x: its size."""
+    ctx.size = inputs[0].shape[2:]
 
 
-compiled_resize.register_autograd(resize_backward, setup_context=save_shape)
+compiled_resize.register_autograd(resize_backward, setup_context=save_size)
 
 
 def ladder_width(backbone):

@@ -478,9 +478,11 @@ class SpeedTest(unittest.TestCase):
         grad = torch.randn_like(y)
         self.assertTrue(torch.equal(y, expected))
         self.assertTrue(torch.equal(*(torch.autograd.grad(t, x, grad)[0] for t in (y, expected))))
-        torch.library.opcheck(swiftnet.compiled_resize, (x, 12, 28), test_utils=(
-            "test_schema", "test_autograd_registration", "test_faketensor",
-            "test_aot_dispatch_static"))
+        for operator, args in ((swiftnet.compiled_resize, (x, 12, 28)),
+                               (swiftnet.resize_gradient, (grad, 6, 7))):
+            torch.library.opcheck(operator, args, test_utils=(
+                "test_schema", "test_autograd_registration", "test_faketensor",
+                "test_aot_dispatch_static"))
 
     def test_benchmark_is_of_the_recipe(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):    # no data/ here

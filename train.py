@@ -931,7 +931,8 @@ def benchmark(config, rank, world, device):
         f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
         + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
     for speed, line, parts in lines:
-        say(f"{line}, {speed:.3f} TFLOP/s, {speed / rates[best]:.1%} of the ceiling\n  {parts}")
+        say(f"{line}, {speed:.3f} TFLOP/s, {speed / rates[best]:.1%} of the ceiling"
+            + f"\n  {parts}" * bool(parts))
 
 
 def main():
