@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext import SIZES, convnext, read_tensors
+from convnext import SIZES, compiled_for_gpu, convnext, read_tensors
 
 MEAN = (123.675, 116.28, 103.53)       # ImageNet, in grey levels of 0..255
 STD = (58.395, 57.12, 57.375)
@@ -94,7 +94,7 @@ def channels_last(weight):
 
 def resize(x, size):
     """Bilinear interpolation of (B, C, H, W) to size (height, width), pixel centres aligned."""
-    if x.is_cuda and torch.compiler.is_compiling():
+    if compiled_for_gpu(x):
         x = x.float() if torch.is_autocast_enabled("cuda") else x      # as autocast does below
         return compiled_resize(x, *size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

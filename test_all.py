@@ -4135,6 +4135,21 @@ class GpuTest(Temporary):
                     convnext.depthwise, (x, taps),
                     test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
+    def test_compiled_depthwise_layer_equals_eager(self):
+        layer = convnext.Depthwise(40).cuda()
+        layer.weight.data = swiftnet.channels_last(layer.weight.data.normal_())
+        layer.bias.data.normal_()
+        x = torch.randn(2, 40, 33, 17, device="cuda").half().requires_grad_()
+        grad = torch.randn(2, 40, 33, 17, device="cuda").half()
+        runs = []
+        for network in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
+            with evaluate.autocast(x.device, torch.float16):
+                y = network(x)
+            runs.append([y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)])
+        for eager, compiled in zip(*runs):
+            self.assertLess((eager - compiled).norm() / eager.norm(), 0.01)
+        self.assertEqual(runs[1][2].stride(), layer.weight.stride())     # DDP copies others
+
     def test_compiled_equals_eager(self):
         model = tiny_model().cuda().train()
         images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8, device="cuda")
