@@ -416,7 +416,7 @@ if triton is not None:
         sums in float32.
 
         A program walks down its columns once for each dx: the 7 taps of that dx stay in registers,
-        and a row, once read, is added to each of the 7 output rows that it belongs to.
+        and a row, once read, is added to every output row (up to 7) that it belongs to.
         """
         depths, across = tl.cdiv(channels, CHANNELS), tl.cdiv(width, COLUMNS)
         channel = tl.program_id(0) % depths * CHANNELS + tl.arange(0, CHANNELS)
