@@ -9,6 +9,7 @@ timm library.
 """
 
 import json
+import math
 import os
 import re
 import warnings
@@ -56,11 +57,10 @@ WEIGHTS = {
 SOURCES = ("in1k", "in22k", "in22k_1k_384")
 
 
-def compiled_for_gpu(x):
-    """Whether torch.compile traces a network on a GPU. For torch.export, whose graphs should hold
-    no operators of ours, the answer is no."""
-    return (x.is_cuda and torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting())
+def compiling():
+    """Whether torch.compile traces the network. For torch.export, whose graphs should hold no
+    operators of ours, the answer is no."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -79,7 +79,7 @@ class Depthwise(nn.Conv2d):
         super().__init__(dim, dim, 7, padding=3, groups=dim)
 
     def forward(self, x):
-        if triton is not None and compiled_for_gpu(x):
+        if triton is not None and x.is_cuda and compiling():
             half = (torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda")
                     else x.dtype)
             if half in (torch.float16, torch.bfloat16):
@@ -179,15 +179,10 @@ def convnext(name, pretrained=None, drop_path=0.0, layer_scale=1e-6):
 # Each layout: (a name that only this layout has, [(pattern of its names, ours)], names to leave
 # out). What matches neither list is an error, so nothing is lost in silence.
 LAYOUTS = {
-    "facebook": (r"stages\.0\.0\.dwconv\.weight", [
-        (r"(downsample_layers\.\d\.\d\.(?:weight|bias))", r"\1"),
-        (r"(stages\.\d\.\d+\.(?:dwconv|norm|pwconv1|pwconv2)\.(?:weight|bias))", r"\1"),
-        (r"(stages\.\d\.\d+\.gamma)", r"\1"),
-    ], r"(norm|head)\.(weight|bias)"),
+    "facebook": (r"stages\.0\.0\.dwconv\.weight", [], r"(norm|head)\.(weight|bias)"),
     "torchvision": (r"features\.1\.0\.layer_scale", [
-        (r"features\.0\.([01])\.(weight|bias)", r"downsample_layers.0.\1.\2"),
         *((rf"features\.{2 * i}\.([01])\.(weight|bias)", rf"downsample_layers.{i}.\1.\2")
-          for i in (1, 2, 3)),
+          for i in range(4)),
         *((rf"features\.{2 * i + 1}\.(\d+)\.{theirs}", rf"stages.{i}.\1.{ours}")
           for i in range(4) for theirs, ours in (
               (r"block\.0\.(weight|bias)", r"dwconv.\2"), (r"block\.2\.(weight|bias)", r"norm.\2"),
@@ -202,20 +197,18 @@ LAYOUTS = {
         (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"stages.\1.\2.pwconv\3.\4"),
         (r"stages\.(\d)\.blocks\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
     ], r"(norm_pre|head\.norm|head\.fc)\.(weight|bias)"),
-    "huggingface": (r"(convnext\.)?encoder\.stages\.0\.layers\.0\.dwconv\.weight", [
-        (r"(?:convnext\.)?embeddings\.patch_embeddings\.(weight|bias)",
-         r"downsample_layers.0.0.\1"),
-        (r"(?:convnext\.)?embeddings\.layernorm\.(weight|bias)", r"downsample_layers.0.1.\1"),
-        (r"(?:convnext\.)?encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(weight|bias)",
+    "huggingface": (r"encoder\.stages\.0\.layers\.0\.dwconv\.weight", [
+        (r"embeddings\.patch_embeddings\.(weight|bias)", r"downsample_layers.0.0.\1"),
+        (r"embeddings\.layernorm\.(weight|bias)", r"downsample_layers.0.1.\1"),
+        (r"encoder\.stages\.(\d)\.downsampling_layer\.([01])\.(weight|bias)",
          r"downsample_layers.\1.\2.\3"),
-        (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)"
-         r"\.(dwconv|pwconv1|pwconv2)\.(weight|bias)",
+        (r"encoder\.stages\.(\d)\.layers\.(\d+)\.(dwconv|pwconv1|pwconv2)\.(weight|bias)",
          r"stages.\1.\2.\3.\4"),
-        (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(weight|bias)",
+        (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layernorm\.(weight|bias)",
          r"stages.\1.\2.norm.\3"),
-        (r"(?:convnext\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter",
+        (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer_scale_parameter",
          r"stages.\1.\2.gamma"),
-    ], r"((convnext\.)?layernorm|classifier)\.(weight|bias)"),
+    ], r"(layernorm|classifier)\.(weight|bias)"),
 }
 
 
@@ -263,7 +256,8 @@ def load_pretrained(backbone, source):
 def rename(state, where):
     """The state dict under this module's names. Raises ValueError for a layout that is
     not known."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {name.removeprefix("module.").removeprefix("convnext."): tensor       # DDP, Hugging Face
+             for name, tensor in state.items()}
     for marker, rules, left_out in LAYOUTS.values():
         if not any(re.fullmatch(marker, name) for name in state):
             continue
@@ -391,9 +385,7 @@ def read_safetensors(path):
         if not (all(type(n) is int and 0 <= n < 2 ** 40 for n in (*shape, start, end))
                 and start <= end <= len(data) and len(shape) <= 8):
             raise ValueError(f"{path}: {name} lies outside the file; damaged or incomplete")
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if end - start != count * dtype.itemsize:
             raise ValueError(f"{path}: {name} has {end - start} bytes, shape {shape} needs "
                              f"{count * dtype.itemsize}")

@@ -1,14 +1,18 @@
 """What lies on disk: the table of datasets, reading, augmentation, sampling, the demo streets.
 
-    python data.py --data data          lists what was found, checks it, exit status 2 where wrong
+    python data.py --data data          lists the sets found and looked for; exit status 2 and
+                                        a line for each problem where something is wrong
+    python data.py --all-files          opens every file
+    python data.py --show 4             contact sheets of labelled splits, augmented crops included
     python data.py --make-demo          draws the demo streets into demo/
     python data.py --make-demo demo-2 --seed 2      other streets, into another data root
 
 A data root holds a folder per set, unpacked as its authors ship it; nothing is renamed or
 rewritten.
-Here also live the few helpers that every script needs: flags from a dataclass, the
-one-line error, whole-file writing, progress.
 """
+
+# Here also live the few helpers that every script needs: flags from a dataclass, the one-line
+# error, whole-file writing, progress.
 
 import argparse
 import contextlib
@@ -19,7 +23,6 @@ import filecmp
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -99,8 +102,8 @@ class Layout:
     end for .png, .jpg or .jpeg. The stars of an image fill the stars of its label, invalid mask and
     reference in order, which is the whole pairing rule.
     """
-    images: str
-    labels: str | None = None
+    image: str
+    label: str | None = None
     invalid: str | None = None      # 255 x (H, W): 1 where annotators could not recognise the pixel
     reference: str | None = None    # same place in clear weather, to look at
     segments: str | None = None     # COCO panoptic json: label = R + 256 G + 65536 B -> category
@@ -178,7 +181,8 @@ DATASETS = {
     "camvid_dusk": dataclasses.replace(
         camvid(CAMVID_TABLE, CAMVID_CLASSES, CAMVID_PALETTE,
                "the drive at dusk in CamVid's train: a pool, and a set to validate on"),
-        splits={"train": "train", "val": "train"}, unlabelled=("train",), skip="/00(06R0|16E5)_",
+        splits={"train": "train", "val": "train"}, unlabelled=("train",),
+        skip=r"/(?!0001TP_f?\d+\.)[^/]*$",
         condition=lambda stars: ("even", "odd")[int(stars[0].split("_")[1].lstrip("f")) // 30 % 2]),
     "ade20k": Dataset(
         "ADEChallengeData2016", (Layout("images/{split}/*.jpg", "annotations/{split}/*.png"),),
@@ -256,13 +260,11 @@ def parse_spec(spec):
 
 def match(folder, pattern):
     """{stars: path} of the files below `folder` that fit a pattern of Layout, sorted."""
-    if pattern is None:
-        return {}
     extension = pattern.endswith(".*")
     regex = re.escape(pattern[:-2] if extension else pattern).replace(r"\*", "([^/]+)")
     regex = re.compile(regex + (r"\.(?i:png|jpg|jpeg)" if extension else ""))
     found = {}
-    for path in sorted(Path(folder).glob(pattern)):
+    for path in sorted(Path(folder).glob(pattern)) if pattern else ():
         hit = regex.fullmatch(path.relative_to(folder).as_posix())
         if hit and not path.name.startswith("."):
             if hit.groups() in found:
@@ -281,10 +283,8 @@ def scan(root, name, split):
     row = DATASETS[name]
     folder, best = Path(root) / row.folder, (None, {})
     for layout in row.layouts if split in row.splits and folder.is_dir() else ():
-        parts = {kind: match(folder, pattern and pattern.format(split=row.splits[split]))
-                 for kind, pattern in (("image", layout.images), ("label", layout.labels),
-                                       ("invalid", layout.invalid),
-                                       ("reference", layout.reference))}
+        parts = {kind: match(folder, (getattr(layout, kind) or "").format(split=row.splits[split]))
+                 for kind in ("image", "label", "invalid", "reference")}
         if parts["image"] and (best[0] is None or parts["label"] and not best[1]["label"]):
             best = layout, parts
     return best
@@ -308,27 +308,30 @@ def find_samples(root, name, split, only=(), labelled=None, strict=True):
         return []
     has_labels = split not in row.unlabelled if labelled is None else labelled
     segments = (read_segments(Path(root) / row.folder / layout.segments)
-                if has_labels and layout.segments else {})
+                if has_labels and layout.segments else None)
     leaks = {Path(image).stem for other in ("train", "val") if row.leaks_into
              for image in scan(root, row.leaks_into, other)[1].get("image", {}).values()}
+    images = {stars: image for stars, image in parts["image"].items()
+              if not re.search(row.skip, image) and Path(image).stem not in leaks}
     samples = []
-    for stars, image in parts["image"].items():
-        if re.search(row.skip, image) or Path(image).stem in leaks or \
-                only and not any(belongs(word, row, stars, image) for word in only):
+    for stars, image in images.items():
+        if only and not any(belongs(word, row, stars, image) for word in only):
             continue
         label = parts["label"].get(stars) if has_labels else None
+        if label and segments is not None and Path(label).name not in segments:
+            raise ValueError(f"{label} is not described in "
+                             f"{Path(root) / row.folder / layout.segments}; fetch both anew")
         samples.append(Sample(image, label, parts["invalid"].get(stars) if label else None,
                               parts["reference"].get(stars), name, row.condition(stars),
-                              segments.get(Path(label).name, ())
-                              if label and layout.segments else None))
+                              segments[Path(label).name] if label and segments else None))
     missing = [sample.image for sample in samples if sample.label is None]
     if has_labels and strict and missing:
+        expected = (layout.label or "").format(split=row.splits[split])
         raise ValueError(f"{len(missing)} of {len(samples)} images of {name} {split} have no "
-                         f"label, first {missing[0]}; expected "
-                         f"{Path(root) / row.folder / layout.labels}")
+                         f"label, first {missing[0]}; expected {Path(root) / row.folder / expected}"
+                         "; --train and --val name other sets")
     unmatched = [word for word in only
-                 if not any(belongs(word, row, stars, image)
-                            for stars, image in parts["image"].items())]
+                 if not any(belongs(word, row, stars, image) for stars, image in images.items())]
     if unmatched:
         raise ValueError(f"{name} {split} has nothing of {', '.join(unmatched)}; `python data.py "
                          f"--data {root}` lists what there is")
@@ -352,11 +355,12 @@ def pseudo_samples(root, folder):
     are left out."""
     path = Path(folder) / MANIFEST
     samples = []
-    with parsed(path), open(path, newline="") as file:
+    with parsed(path), open(path, newline="", encoding="utf-8-sig",
+                            errors="surrogateescape") as file:
         rows = csv.DictReader(file)
         if not {"image", "label"} <= set(rows.fieldnames or ()):
             raise ValueError("expected columns image and label, found "
-                             f"{', '.join(rows.fieldnames or ())[:200] or 'none'}")
+                             f"{', '.join(rows.fieldnames or ())[:200]!a}")
         for number, row in enumerate(rows, 2):
             names = row["image"], row["label"]
             if None in row or not all(names) or any(
@@ -394,12 +398,15 @@ def gather_groups(root, specs, split, labelled=None):
     groups, spaces = [], {}
     for spec in specs:
         name, only, _ = parse_spec(spec)
+        row = DATASETS.get(name)
+        if row and split not in row.splits:
+            raise ValueError(f"{name} has no split {split!r}; there is {', '.join(row.splits)}")
         groups.append(find_samples(root, name, split, only, labelled))
         if not groups[-1]:
-            row = DATASETS.get(name)
-            looked = (Path(root) / row.folder / row.layouts[0].images.format(
-                          split=row.splits.get(split, split))
-                      if row else f"selected rows of {name}/{MANIFEST}")
+            if not row:
+                raise ValueError(f"{name}/{MANIFEST} has no selected row; `python pseudolabel.py "
+                                 f"--out {name} --select N` chooses some")
+            looked = Path(root) / row.folder / row.layouts[0].image.format(split=row.splits[split])
             raise ValueError(f"no {split} images of {name}: looked for {looked}. Put the set "
                              "there, or name the data root with --data")
         spaces.setdefault(classes_of(root, name), name)
@@ -427,9 +434,12 @@ def classes_of(root, name):
         raise FileNotFoundError(f"{path} is missing: write one class name per line, in the order "
                                 "of the ids")
     with parsed(path):
-        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        lines = path.read_text("utf-8-sig").splitlines()
+        classes = tuple(line.strip() for line in lines if line.strip())
         if not 2 <= len(classes) <= 255:
             raise ValueError(f"it has {len(classes)} class names; expected 2 to 255")
+        if len(set(classes)) < len(classes):
+            raise ValueError("a class name stands in it twice")
     return classes
 
 
@@ -440,10 +450,11 @@ def palette_of(classes):
 
 
 def annotated(root, split):
-    """Names of the sets of the default mix that have images of this split below `root`."""
+    """Names of the sets of the default mix that have images of this split below `root`; whoever
+    gathers them finds out where their labels lack."""
     return [name for name, row in DATASETS.items()
             if row.role == "annotated" and split not in row.unlabelled
-            and scan(root, name, split)[1].get("label")]
+            and scan(root, name, split)[0]]
 
 
 def read_segments(path):
@@ -455,7 +466,7 @@ def read_segments(path):
         segments = {item["file_name"]: tuple((s["id"], s["category_id"])
                                              for s in item["segments_info"])
                     for item in content["annotations"]}
-        for number, category in itertools.chain(*segments.values()):
+        for number, category in (pair for pairs in segments.values() for pair in pairs):
             if not (isinstance(number, int) and 0 <= number < 2 ** 24
                     and isinstance(category, int) and 0 <= category <= 255):
                 raise ValueError(f"segment {number!r} of category {category!r}; expected an id "
@@ -509,18 +520,12 @@ def read_image(path, zoom=1.0):
         return image if image.mode == "RGB" else image.convert("RGB"), native
 
 
-def label_values(dataset, classes):
-    """Train id of each label value of a set, by position."""
-    return dataset in DATASETS and DATASETS[dataset].table or range(classes)
-
-
 @functools.lru_cache
 def lookup(dataset, classes):
     """(table, known): 256 bytes that translate a label value to a train id;
     the values that have a meaning."""
-    values = label_values(dataset, classes)
-    table = bytes(values) + bytes([IGNORE]) * (256 - len(values))
-    return table, bytes({*range(len(values)), IGNORE})
+    values = dataset in DATASETS and DATASETS[dataset].table or range(classes)
+    return bytes(values).ljust(256, bytes([IGNORE])), bytes({*range(len(values)), IGNORE})
 
 
 def to_train_ids(values, sample, classes):
@@ -530,8 +535,7 @@ def to_train_ids(values, sample, classes):
     raw = values.tobytes()                                   # bytes.translate: a byte a step, in C
     if strange := raw.translate(None, known):
         raise ValueError(f"{sample.label}: label values {sorted(set(strange))[:8]} have no meaning "
-                         f"in {sample.dataset}; expected "
-                         f"0..{len(label_values(sample.dataset, classes)) - 1} or {IGNORE}")
+                         f"in {sample.dataset}; expected 0..{len(known) - 2} or {IGNORE}")
     return np.frombuffer(bytearray(raw.translate(table)), np.uint8).reshape(values.shape)
 
 
@@ -543,10 +547,10 @@ def open_label(sample):
             return image
     with opened(sample.label, ("RGB",)) as image:
         segment = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
-    values = np.zeros(segment.shape, np.uint8)            # outside every segment: 0, unlabelled
+    category_of = np.zeros(2 ** 24, np.uint8)             # outside every segment: 0, unlabelled
     for number, category in sample.segments:
-        values[segment == number] = category
-    return Image.fromarray(values)
+        category_of[number] = category
+    return Image.fromarray(category_of[segment])
 
 
 def check_size(sample, native, other, path):
@@ -584,9 +588,10 @@ LARGEST_SHORT_SIDE = 1080    # larger photos are brought to this first (Vistas: 
 def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=None, jitter=0.0):
     """Random zoom, crop and flip of one sample (deck, appendix).
 
-    Returns image (crop, crop, 3) uint8 and train ids (crop, crop) uint8, padded right and below
-    with the mean colour and IGNORE. Only the crop is interpolated: resize(box=...) equals resizing
-    everything and cropping. wanted: a train id that the crop shall contain, if the image does.
+    Returns image (crop, crop, 3) uint8 and train ids (crop, crop) uint8, padded right and below,
+    before the flip, with the mean colour and IGNORE. Only the crop is interpolated: resize(box=...)
+    equals resizing everything and cropping. wanted: a train id that the crop shall contain, if the
+    image does.
     jitter: brightness, contrast and saturation are scaled by factors in [1 - jitter, 1 + jitter].
     All randomness is `rng`'s.
     """
@@ -605,7 +610,8 @@ def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=None, jitter=0.0
     check_size(sample, native, label.size, sample.label)
 
     def cut(source, filter, padding):                      # the crop, from a source of any size
-        x, y = source.size[0] / scaled[0], source.size[1] / scaled[1]
+        reduced = -(-width // source.size[0])    # its last pixel may cover less than this many
+        x, y = width / reduced / scaled[0], height / reduced / scaled[1]
         part = source.resize(size, filter, (corner[0] * x, corner[1] * y,
                                             (corner[0] + size[0]) * x, (corner[1] + size[1]) * y))
         if jitter and part.mode == "RGB":
@@ -624,8 +630,7 @@ def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=None, jitter=0.0
 
 def blank(crop):
     """A crop of nothing: mean colour (crop, crop, 3) and IGNORE (crop, crop), uint8."""
-    return (np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (crop, crop, 3)).copy(),
-            np.full((crop, crop), IGNORE, np.uint8))
+    return np.full((crop, crop, 3), MEAN_COLOUR, np.uint8), np.full((crop, crop), IGNORE, np.uint8)
 
 
 def corner_near(wanted, label, sample, classes, rng, scaled, size, room):
@@ -716,19 +721,23 @@ def epoch_order(weights, length, seed, epoch):
     return np.concatenate(rounds)[:length]
 
 
-def even_classes(order, counts, share, seed, epoch):
-    """Replace a share of an epoch's indices so that classes come up evenly there.
+def even_classes(order, weights, counts, share, seed, epoch):
+    """Replace a share of an epoch's indices so that classes come up evenly there; among the images
+    that show a class, one comes as often as its weight says.
 
-    counts: (N, C) pixels of each class in each image. Returns (indices, class to show or -1).
+    weights: (N,). counts: (N, C) pixels of each class in each image, not all 0. Returns (indices,
+    class to show or -1).
     """
     rng = np.random.default_rng((seed, epoch, 2 ** 31 + 1))
     order, wanted = order.copy(), np.full(len(order), -1)
-    holders = {c: np.flatnonzero(counts[:, c]) for c in range(counts.shape[1])
-               if counts[:, c].any()}
+    # Of each class: the weight of its images up to and with each one.
+    ends = {c: np.cumsum(weights * (counts[:, c] > 0)) for c in range(counts.shape[1])
+            if counts[:, c].any()}
     chosen = np.flatnonzero(rng.random(len(order)) < share)
-    kinds = np.resize(rng.permutation(list(holders)), len(chosen))        # as many of each
+    kinds = np.resize(rng.permutation(list(ends)), len(chosen))           # as many of each
     for position, c in zip(chosen, rng.permutation(kinds)):
-        order[position], wanted[position] = rng.choice(holders[c]), c
+        order[position] = np.searchsorted(ends[c], rng.uniform(0, ends[c][-1]), "right")
+        wanted[position] = c
     return order, wanted
 
 
@@ -747,62 +756,56 @@ class CountSet(EvalSet):
 def class_counts(samples, classes, workers=0, folder="runs"):
     """(N, C) int64 pixels of each class in each label, counted once and kept in `folder`.
 
-    The file's name is a digest of every label's path, size and time, so changed labels are counted
-    anew. A label that cannot be read counts nothing here; training names it when it meets it.
+    The file's name is a digest of every label's path, size, time and meaning, so changed labels are
+    counted anew. A label that cannot be read counts nothing here; training names it when it meets
+    it. Raises ValueError where nothing could be counted.
     """
     digest = hashlib.blake2b(str(classes).encode(), digest_size=8)
     for sample in samples:
         with contextlib.suppress(OSError):
             status = os.stat(sample.label)
-            digest.update(f"{sample.label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+            digest.update(f"{sample.label}|{status.st_size}|{status.st_mtime_ns}|{sample.segments}|"
+                          f"{lookup(sample.dataset, classes)[0].hex()}\n".encode())
     path = Path(folder) / f".class-counts-{digest.hexdigest()}.npy"
     with contextlib.suppress(Exception):       # whatever is wrong with it, it is made anew below
         counts = np.load(path, mmap_mode="r", allow_pickle=False)    # allocates what is there
         if counts.shape == (len(samples), classes) and counts.dtype == np.int64:
             return np.array(counts)
-    counts = np.zeros((len(samples), classes), np.int64)
+    counts, errors = np.zeros((len(samples), classes), np.int64), []
     progress = Progress(len(samples), "classes counted in label")
     for index, row in torch.utils.data.DataLoader(CountSet(samples, classes), batch_size=None,
                                                   num_workers=workers):
-        if not isinstance(row, str):
+        if isinstance(row, str):
+            errors.append(row)
+        else:
             counts[index] = row
         progress.update()
+    if not counts.any():
+        raise ValueError(errors[0] if errors else f"not one labelled pixel in {len(samples)} "
+                         f"labels, first {samples[0].label}")
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, counts)
     return counts
 
 
-class StepSampler(torch.utils.data.Sampler):
+def step_keys(weights, batch, steps_per_epoch, first, last, seed, rank=0, world=1, counts=None,
+                uniform=0.0):
     """Keys of TrainSet, one list per optimizer step, for one process of `world`.
 
     The global batch of a step is the same for any world; process `rank` takes its contiguous share.
     weights: (N,), see epoch_order. counts, uniform: see even_classes; counts None leaves them out.
     """
-
-    def __init__(self, weights, batch, steps_per_epoch, first, last, seed, rank=0, world=1,
-                 counts=None, uniform=0.0):
-        self.weights, self.batch, self.steps_per_epoch = (
-            np.asarray(weights, float), batch, steps_per_epoch)
-        self.first, self.last, self.seed, self.rank, self.world = first, last, seed, rank, world
-        self.counts, self.uniform = counts, uniform
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        share = self.batch // self.world
-        epoch = None
-        for step in range(self.first, self.last):
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
-                order = epoch_order(self.weights, self.steps_per_epoch * self.batch, self.seed,
-                                    epoch)
-                wanted = np.full(len(order), -1)
-                if self.counts is not None:
-                    order, wanted = even_classes(order, self.counts, self.uniform, self.seed, epoch)
-            start = step % self.steps_per_epoch * self.batch + self.rank * share
-            yield [(epoch, position, int(order[position]), int(wanted[position]))
-                   for position in range(start, start + share)]
+    share, epoch = batch // world, None
+    for step in range(first, last):
+        if epoch != step // steps_per_epoch:
+            epoch = step // steps_per_epoch
+            order = epoch_order(weights, steps_per_epoch * batch, seed, epoch)
+            wanted = np.full(len(order), -1)
+            if counts is not None:
+                order, wanted = even_classes(order, weights, counts, uniform, seed, epoch)
+        start = step % steps_per_epoch * batch + rank * share
+        yield [(epoch, position, int(order[position]), int(wanted[position]))
+               for position in range(start, start + share)]
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -890,6 +893,11 @@ def run_main(main):
     try:
         main()
     except (ConnectionError, EOFError) as error:     # a loader worker ended while it handed over
+        try:
+            print(flush=True)
+        except BrokenPipeError:                      # no: whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         sys.exit(f"{name}: rank {rank} stops: a process that it read from ended ({error!r}), "
                  f"a DataLoader worker most likely. {memory}")
     except (ValueError, OSError) as error:
@@ -901,7 +909,7 @@ def run_main(main):
     except RuntimeError as error:
         if "by peer" in str(error):                  # gloo's words when another process has ended
             message = f"rank {rank} stops, as another process ended"
-        elif "DataLoader worker" in str(error):      # torch's, with the signal that ended it
+        elif re.search("DataLoader worker|process pool", str(error)):   # torch's, and Python's
             message = f"rank {rank} stops: {str(error).splitlines()[0]} {memory}"
         else:
             raise
@@ -978,8 +986,10 @@ def hold(folder, rank):
         except OSError:                            # file systems without locks
             say(f"{folder} cannot be locked here; see that no second run writes to it")
         for left in folder.rglob(".*.tmp"):
-            if re.fullmatch(r"\..+\.\d+\.tmp", left.name) and left.is_file():    # of whole_file
-                left.unlink(missing_ok=True)
+            theirs = any((inner / ".lock").exists() for inner in left.parents
+                         if folder in inner.parents)                 # another run's folder
+            if re.fullmatch(r"\..+\.\d+\.tmp", left.name) and left.is_file() and not theirs:
+                left.unlink(missing_ok=True)                         # of whole_file
         yield
 
 
@@ -1023,18 +1033,28 @@ def draw_demo(root="demo", seed=0, scale=1.0):
     """Draw the demo streets into folder `root`, whole or not at all, unless they are there.
     Raises ValueError where those of another seed are."""
     root, about = Path(root), f"demo streets of seed {seed}"
-    if root.exists():
-        there = (root / DRAWN).read_text().strip() if (root / DRAWN).is_file() else "other files"
-        if there != about:
-            raise ValueError(f"{root} holds {there}, asked for are {about}; name another folder, "
+
+    def there():
+        """Whether they are drawn; ValueError where the folder holds anything else."""
+        if not root.exists():
+            return False
+        found = (root / DRAWN).read_text().strip() if (root / DRAWN).is_file() else "other files"
+        if found != about:
+            raise ValueError(f"{root} holds {found}, asked for are {about}; name another folder, "
                              "or remove this one")
+        return True
+    if there():
         return
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    # ends the pool's processes too, which would wait for ever
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         write_demo(temporary, seed, scale)
         (temporary / DRAWN).write_text(about + "\n")
-        os.replace(temporary, root)
+        if not there():                                    # another process may have been faster
+            os.replace(temporary, root)
     finally:
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -1590,8 +1610,6 @@ def weather(rng, image, labels, depth, condition):
         picture, invalid = night(rng, image, labels, depth, dusk)
     elif condition in ("rain", "snow"):
         picture, invalid = (rain if condition == "rain" else snow)(rng, image, labels, depth)
-    elif condition != "clear":
-        raise ValueError(f"condition {condition!r}: expected clear, twilight or {CONDITIONS}")
     return np.uint8(np.clip(picture + rng.normal(0, 2, image.shape), 0, 255)), invalid
 
 
@@ -1661,8 +1679,8 @@ class Config:
                           "and list them", nargs="?", const="demo", metavar="DIR")
     seed: int = flag(0, "seed of --make-demo")
     all_files: bool = flag(False, "open every image and label, instead of three of each split")
-    show: int = flag(0, "write contact sheets of this many samples of each split, as read and as "
-                     "augmented")
+    show: int = flag(0, "write contact sheets of this many samples of each labelled split, as read "
+                     "and as augmented")
     out: str = flag("runs/sheets", "folder for the contact sheets")
     benchmark: bool = flag(False, "print the speed of the training input per core, beside the "
                            "usual pipeline")
@@ -1672,15 +1690,17 @@ class Config:
 def check(root, all_files=False, workers=0):
     """Print what lies below `root`. Returns the list of problems, one line each."""
     problems, absent = [], []
-    print(f"{'set':<18}{'split':<7}{'images':>8}{'labels':>8}{'masks':>8}  "
+    print(f"{'set':<20}{'split':<7}{'images':>8}{'labels':>8}{'masks':>8}  "
           "conditions; size of the first image")
     for name, row in DATASETS.items():
         found = [split for split in row.splits
                  if check_split(root, name, split, all_files, workers, problems)]
         if not found:
-            absent.append(f"  {name:<18}{Path(root) / row.folder / row.layouts[0].images}")
+            absent.append(f"  {name:<20}{Path(root) / row.folder / row.layouts[0].image}"
+                          + f"  ({row.about})" * bool(row.about))
         elif {"train", "val"} <= set(found):
-            problems += shared_images(root, name)
+            with contextlib.suppress(ValueError):          # of scan, which check_split named
+                problems += shared_images(root, name)
     if len(absent) == len(DATASETS):
         problems.append(f"{root} holds none of the sets")
     print("\nnot found, and looked for (any {split} of the set):\n" + "\n".join(absent))
@@ -1700,16 +1720,17 @@ def check_split(root, name, split, all_files, workers, problems):
         problems.append(f"{name} {split}: {error}")
         return True
     labelled = split not in DATASETS[name].unlabelled
-    orphans = {"label": parts["image"].keys() - parts["label"].keys() if labelled else (),
-               "image": parts["label"].keys() - parts["image"].keys()}
-    for kind, stars in orphans.items():
-        if stars:
-            owner = "image" if kind == "label" else "label"
+    pairs = [("label", "image")] + [("label", "invalid")] * bool(parts["invalid"])
+    if labelled and (parts["label"] or DATASETS[name].role != "pool"):     # pools need none
+        pairs.append(("image", "label"))
+    for owner, kind in pairs:
+        if stars := parts[owner].keys() - parts[kind].keys():
             problems.append(f"{name} {split}: {len(stars)} {owner}s without {kind}, "
                             f"first {parts[owner][min(stars)]}")
     spots = sorted({0, len(samples) // 2, len(samples) - 1}) if samples else ()
     chosen = samples if all_files else [samples[i] for i in spots]
-    progress, size = Progress(len(chosen), f"{name} {split}, opened"), "no images"
+    progress = Progress(len(chosen), f"{name} {split}, opened")
+    size = "unreadable" if chosen else "no images"
     loader = torch.utils.data.DataLoader(EvalSet(chosen, classes), batch_size=None,
                                          num_workers=workers if all_files else 0)
     for index, image, *_ in loader:
@@ -1720,8 +1741,8 @@ def check_split(root, name, split, all_files, workers, problems):
         if all_files:
             progress.update()
     conditions = Counter(sample.condition for sample in samples)
-    print(f"{name:<18}{split:<7}{len(parts['image']):>8}{len(parts['label']) if labelled else 0:>8}"
-          f"{len(parts['invalid']) if labelled else 0:>8}  "
+    print(f"{name:<20}{split:<7}{len(samples):>8}{sum(bool(s.label) for s in samples):>8}"
+          f"{sum(bool(s.invalid) for s in samples):>8}  "
           + ", ".join(f"{condition} {count}" for condition, count in sorted(conditions.items()))
           + f"; {size}")
     return True
@@ -1749,6 +1770,8 @@ def shared_images(root, name):
 def contact_sheets(root, count, out):
     """Write a sheet per labelled split: image | label | two augmented crops with their labels,
     row by row."""
+    def padded(image, below, right):
+        return np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=255)
     for name, row in DATASETS.items():
         for split in row.splits:
             samples = [s for s in find_samples(root, name, split, strict=False) if s.label]
@@ -1765,24 +1788,20 @@ def contact_sheets(root, count, out):
                     crop = min(1024, *ids.shape)
                     pair = augment(sample, classes, np.random.default_rng((number, draw)), crop)
                     tiles += [Image.fromarray(pair[0]), colour(pair[1], palette)]
-                rows.append([tile.resize((round(tile.width * 240 / tile.height), 240))
-                             for tile in tiles])
-            width = max(sum(tile.width + 8 for tile in tiles) for tiles in rows)
-            sheet = Image.new("RGB", (width, 248 * len(rows)), "white")
-            for y, tiles in enumerate(rows):
-                x = 0
-                for tile in tiles:
-                    sheet.paste(tile, (x, 248 * y))
-                    x += tile.width + 8
+                rows.append(np.hstack([padded(
+                    tile.resize((round(tile.width * 240 / tile.height), 240)), 8, 8)
+                    for tile in tiles]))
+            width = max(row.shape[1] for row in rows)
+            sheet = np.vstack([padded(row, 0, width - row.shape[1]) for row in rows])
             path = Path(out) / f"{name}_{split}.png"
             with whole_file(path) as temporary:
-                sheet.save(temporary, "PNG")
+                Image.fromarray(sheet).save(temporary, "PNG")
             print(path)
 
 
 # --- benchmark ----------------------------------------------------------------------------------
 
-def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
+def usual_pipeline(sample, classes, seed, crop, largest=LARGEST_SHORT_SIDE):
     """What training code usually does, timed stage by stage: decode all, resize all, crop,
     float32, normalise.
 
@@ -1790,7 +1809,7 @@ def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
     are; usual code knows no such rule (inf). Returns (3, crop, crop) float32, (crop, crop) int64,
     CPU seconds.
     """
-    clock = [time.process_time()]
+    clock, rng = [time.process_time()], np.random.default_rng(seed)
 
     def lap():
         clock.append(time.process_time())
@@ -1815,7 +1834,7 @@ def usual_pipeline(sample, classes, rng, crop, largest=LARGEST_SHORT_SIDE):
     return pixels, ids, np.diff(clock)
 
 
-def our_pipeline(sample, classes, rng, crop):
+def our_pipeline(sample, classes, seed, crop):
     """`augment`, timed in the same stages: its decoding is timed once more alone and taken
     off the whole."""
     clock = [time.process_time()]
@@ -1823,11 +1842,10 @@ def our_pipeline(sample, classes, rng, crop):
         Path(path).read_bytes()
     clock.append(time.process_time())
     label = open_label(sample)
-    # as augment draws it
-    zoom = np.random.default_rng(rng.bit_generator.seed_seq.entropy).uniform(0.5, 2.0)
+    zoom = np.random.default_rng(seed).uniform(0.5, 2.0)          # as augment draws it
     read_image(sample.image, zoom * min(1.0, LARGEST_SHORT_SIDE / min(label.size)))
     clock.append(time.process_time())
-    image, ids = augment(sample, classes, rng, crop)
+    image, ids = augment(sample, classes, np.random.default_rng(seed), crop)
     clock.append(time.process_time())
     torch.from_numpy(image), torch.from_numpy(ids)
     read, decode, whole, tensor = np.diff([*clock, time.process_time()])
@@ -1853,7 +1871,7 @@ def benchmark(repeats=24, crop=1024):
             runs = {name: [] for name in pipelines if kind == "jpg" or name != "usual, 1080 first"}
             for seed in range(repeats + 1):
                 for name, seconds in runs.items():
-                    seconds.append(pipelines[name](sample, 19, np.random.default_rng(seed), crop))
+                    seconds.append(pipelines[name](sample, 19, seed, crop))
             # the first warms up
             means = {name: np.array(seconds[1:]).mean(0) for name, seconds in runs.items()}
             for name, stages in means.items():
@@ -1892,12 +1910,13 @@ def main():
     if not Path(root).is_dir():
         raise FileNotFoundError(f"--data {root}: no such folder; expected a folder per set in it")
     problems = check(root, config.all_files, config.workers)
-    if config.show:
-        contact_sheets(root, config.show, config.out)
     for problem in problems:
         print("wrong: " + problem)
+    if config.show:
+        contact_sheets(root, config.show, config.out)
     if problems:
-        raise ValueError(f"{len(problems)} problems below {root}, listed above")
+        raise ValueError(f"{len(problems)} problem{'s' * (len(problems) > 1)} below {root}, listed "
+                         "above")
 
 
 if __name__ == "__main__":

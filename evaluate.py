@@ -21,6 +21,8 @@ ICML 2017.
 """
 
 import contextlib
+import glob
+import hashlib
 import json
 import math
 import os
@@ -120,6 +122,11 @@ def half_type(device, precision):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
+def dtype_name(dtype):
+    """"float32" for None, "bfloat16", "float16"."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def autocast(device, dtype):
     """torch.autocast to `dtype`; a context that does nothing for None."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -143,7 +150,7 @@ def threshold_grid(num_classes, thresholds=None):
     K: K points, both ends included.
     """
     low = 1 / num_classes
-    if thresholds is None:
+    if not thresholds:
         return (low + (1 - low) * (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS).float()
     if thresholds < 2:
         raise ValueError(f"a grid with both ends has at least 2 thresholds, found {thresholds}")
@@ -194,6 +201,12 @@ def split_logits(logits):
     logits = logits.float().flatten(1)
     top, prediction = logits.max(0)
     return prediction, logits - top
+
+
+def confident_ids(logits, temperature):
+    """Train ids (H, W) and confidence (H, W) float32 of logits (C, H, W)."""
+    ids, below_top = split_logits(logits)
+    return ids.view(logits.shape[1:]), confidence(below_top, temperature).view(logits.shape[1:])
 
 
 def confidence(below_top, temperature):
@@ -270,11 +283,8 @@ class Metrics:
     def reduce(self):
         """Sum the counts over all processes, in place."""
         if dist.is_initialized():
-            flat = torch.cat([count.flatten() for count in self.counts.values()])
-            dist.all_reduce(flat)
-            for count, part in zip(self.counts.values(),
-                                   flat.split([count.numel() for count in self.counts.values()])):
-                count.copy_(part.view_as(count))
+            for count in self.counts.values():
+                dist.all_reduce(count)
 
     def valid(self, table):
         """(..., cells) histogram -> (..., K): entries that are valid at each threshold."""
@@ -422,6 +432,7 @@ def pool(stream, samples, num_classes, device, temperatures=(1.0,), thresholds=N
         for sum_, metrics in zip(total, group):
             metrics.reduce()
             sum_.merge(metrics)
+    results.pop("all", None)               # of sets without conditions: in the total, with the rest
     return {"all": total, **results}
 
 
@@ -438,7 +449,12 @@ def stored_predictions(samples, folder, num_classes, label_ids, device, rank=0, 
     labels = next((folder / name for name in ("labelTrainIds", "labelIds")
                    if (folder / name).is_dir()),
                   folder)
-    values = label_id_table() if label_ids or labels.name == "labelIds" else np.arange(num_classes)
+    values = np.arange(num_classes)
+    if label_ids or labels.name == "labelIds":
+        if num_classes != len(CLASSES):
+            raise ValueError(f"Cityscapes labelIds are of 19 classes, --val has {num_classes}; "
+                             "score train ids")
+        values = label_id_table()
     table = np.full(256, -1)                                         # value in the file -> train id
     table[values] = np.arange(len(values))
     stems = [Path(sample.image).stem for sample in samples]
@@ -465,8 +481,11 @@ def stored_predictions(samples, folder, num_classes, label_ids, device, rank=0, 
 
 
 def find_pngs(folder, stems):
-    """{stem: path} of the PNGs below a folder that bear these names; each must be there once."""
-    paths = [path for path in sorted(folder.rglob("*.png")) if path.stem in set(stems)]
+    """{stem: path} of the PNGs below a folder that bear these names; each must be there once. A
+    folder confidence/ in it is passed over."""
+    wanted = set(stems)
+    paths = [path for path in sorted(folder.rglob("*.png"))
+             if path.stem in wanted and folder / "confidence" not in path.parents]
     found = {path.stem: path for path in paths}
     missing = [stem for stem in stems if stem not in found]
     if missing:
@@ -507,6 +526,9 @@ def split_halves(samples):
     return halves
 
 
+UNLABELLED = "--temperature fit and best found no labelled pixel in their half of the images"
+
+
 def choose_temperatures(words, stream, images, num_classes, device, thresholds=None):
     """({"fit" | "best": T}, [(T, AUIoU) of the sweep]) from predictions() on `images` images.
 
@@ -533,6 +555,8 @@ def choose_temperatures(words, stream, images, num_classes, device, thresholds=N
     if "best" in words:
         for metrics in sweep:
             metrics.reduce()
+        if not sweep[0].counts["confusion"].any():
+            raise ValueError(UNLABELLED)
         curve = [(metrics.temperature, metrics.compute()["auiou"]) for metrics in sweep]
         chosen["best"] = max(curve, key=lambda point: (point[1], -point[0]))[0]
     return chosen, curve
@@ -542,7 +566,7 @@ def fit_temperature(logits, truth):
     """T of least negative log-likelihood of logits / T, (C, N) and (N,), within [0.05, 20],
     to 4 digits."""
     if not len(truth):
-        raise ValueError("--temperature fit found no labelled pixel in its half of the images")
+        raise ValueError(UNLABELLED)
     logits = logits.double()
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-9,
@@ -550,9 +574,10 @@ def fit_temperature(logits, truth):
 
     def closure():
         optimizer.zero_grad()
-        # no minimum where all is right
-        scaled = logits / log_t.clamp(math.log(0.05), math.log(20)).exp()
+        bounded = log_t.clamp(math.log(0.05), math.log(20))    # no minimum where all is right
+        scaled = logits / bounded.exp()
         loss = (scaled.logsumexp(0) - scaled.gather(0, truth[None])[0]).mean()
+        loss = loss + (log_t - bounded) ** 2                   # leads a long step back
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -564,6 +589,11 @@ def fit_temperature(logits, truth):
 def percent(value, width=8):
     """A fraction in percent, "-" for NaN."""
     return f"{'-':>{width}}" if math.isnan(value) else f"{100 * value:>{width}.2f}"
+
+
+def error_cell(value, width):
+    """A calibration error, "-" for NaN."""
+    return f"{'-':>{width}}" if math.isnan(value) else f"{value:>{width}.4f}"
 
 
 def summary_table(results, counts, title="condition"):
@@ -578,7 +608,8 @@ def summary_table(results, counts, title="condition"):
              f"{'ECE, J=0':>10}"]
     for condition, r in results.items():
         lines.append(f"{condition:<13}{counts[condition]:>7}{r['classes']:>8}{percent(r['miou'])}"
-                     f"{percent(r['auiou'])}{r['ece']:>8.4f}{r['ece_valid']:>10.4f}")
+                     f"{percent(r['auiou'])}{error_cell(r['ece'], 8)}"
+                     f"{error_cell(r['ece_valid'], 10)}")
         if "oracle" in r:
             lines[-1] += (percent(r["oracle"]) + percent(-r["false_invalid"], 12)
                           + percent(-r["missed_invalid"], 12))
@@ -608,8 +639,8 @@ def class_table(results, classes, title="IoU", cell=iou_cell):
 
 def count_conditions(samples):
     """{condition: images}, "all" first."""
-    return {"all": len(samples),
-            **dict(sorted(Counter(sample.condition for sample in samples).items()))}
+    return {"all": len(samples), **dict(sorted(Counter(
+        sample.condition for sample in samples if sample.condition != "all").items()))}
 
 
 def print_results(results, temperatures, counts, classes, thresholds):
@@ -620,7 +651,8 @@ def print_results(results, temperatures, counts, classes, thresholds):
     first = {condition: rows[0] for condition, rows in results.items()}
     print("\n".join(["", *class_table(first, classes)]))
     for i, (temperature, how) in enumerate(temperatures):
-        print(f"\nT = {temperature:g} ({how}); IoU in percent; AUIoU: {grid}; ECE: {ECE_BINS} bins")
+        shown = "confidence as stored" if how == "stored" else f"T = {temperature:g} ({how})"
+        print(f"\n{shown}; IoU in percent; AUIoU: {grid}; ECE: {ECE_BINS} bins")
         print("\n".join(summary_table({condition: rows[i] for condition, rows in results.items()},
                                       counts)))
     if math.isnan(first["all"]["auiou"]):
@@ -630,7 +662,7 @@ def print_results(results, temperatures, counts, classes, thresholds):
     if len(temperatures) > 1:
         print("\nall images; marking nothing invalid gives the mIoU, marking what is wrong or "
               "invalid the oracle")
-        rows = {f"{t:g}" + (how != "given") * f" {how}": r
+        rows = {f"{t:.9g}" + (how != "given") * f" {how}": r
                 for (t, how), r in zip(temperatures, results["all"])}
         print("\n".join(summary_table(rows, dict.fromkeys(rows, counts["all"]), "T")))
 
@@ -718,7 +750,7 @@ def plot(title, rows, temperatures):
     draw = ImageDraw.Draw(canvas)
     write(draw, (80, 80), title, 64)
     theta, miou, oracle = rows[0]["thresholds"].tolist(), rows[0]["miou"], rows[0]["oracle"]
-    low = math.floor(10 * min(miou, *(row["uiou"].min().item() for row in rows))) / 10
+    low = math.floor(10 * min(0.99, miou, *(row["uiou"].min().item() for row in rows))) / 10
     high = min(1, math.ceil(10 * oracle + 0.2) / 10)
     percents = {i / 10: f"{10 * i}" for i in range(11)}
     fifths = {i / 5: f"{i / 5:g}" for i in range(6)}
@@ -907,25 +939,31 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
     stream = predictions(models, [samples[i] for i in todo], len(palette), device, what="predicted",
                          **forward)
     for i, logits, *_ in stream:
-        shape, (prediction, below_top) = logits.shape[1:], split_logits(logits)
-        prediction = prediction.view(shape).byte().cpu().numpy()
-        q = confidence(below_top, temperature).view(shape).cpu().numpy()
+        ids, q = confident_ids(logits, temperature)
+        prediction, q = ids.byte().cpu().numpy(), q.cpu().numpy()
         for folder in folders:
             picture = rendered(folder, prediction, q, samples[todo[i]].image, palette, theta)
             save(picture, out / folder / names[todo[i]])
     gathered(None)                                  # all have written
 
 
+def images_below(folder, out):
+    """Paths of the PNG and JPEG images below a folder, links followed, sorted, without hidden ones
+    and those below `out`."""
+    out, paths = Path(out).resolve(), glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+    return [path for path in sorted(map(Path, paths))
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+            and out not in path.resolve().parents]
+
+
 def find_images(folder, out):
     """([Sample], [output name]) of all PNG and JPEG images below a folder,
     without those below `out`."""
-    folder, out = Path(folder), Path(out).resolve()
-    paths = [path for path in sorted(folder.rglob("*"))
-             if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-             and not path.name.startswith(".") and out not in path.resolve().parents]
+    paths = images_below(folder, out)
     names = [str(path.relative_to(folder).with_suffix(".png")) for path in paths]
     if not paths:
-        raise ValueError(f"--images {folder}: no such folder, or no .png, .jpg or .jpeg below it")
+        raise ValueError(f"--images {folder}: no such folder, or no .png, .jpg or .jpeg below it "
+                         f"and outside --out {out}")
     if repeated(names):
         raise ValueError(f"--images {folder}: two images would be written as {repeated(names)}; "
                          "rename one")
@@ -1040,7 +1078,8 @@ class Config:
     """The flags of evaluate.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py; several are averaged "
                              "(default: newest run)")
-    data: str = flag("", "data root (default: the one the checkpoint was trained with)")
+    data: str = flag("", "data root (default: the one the checkpoint was trained with; for "
+                     "--score, data)")
     val: tuple = flag((), "sets to evaluate, NAME or NAME:PART,PART "
                       "(default: those of the checkpoint)")
     split: str = flag("", "split to evaluate (default: val; test for --submit)")
@@ -1066,8 +1105,8 @@ class Config:
                        metavar="N")
     panels_worst: bool = flag(False, "sheets show the images of the lowest mIoU")
     out: str = flag("pictures", "folder for --panels and --images", metavar="DIR")
-    images: str = flag("", "predict every image below this folder; finished files are skipped "
-                       "(default: none)", metavar="DIR")
+    images: str = flag("", "predict every PNG and JPEG below this folder; finished files are left "
+                       "as they are (default: none)", metavar="DIR")
     submit: tuple = flag((), "predict a test split and zip it for its server: "
                          f"{', '.join(SUBMISSIONS)}", nargs=2, metavar=("KIND", "ZIP"))
     theta: float = flag(0.5, "confidence below which a pixel is invalid in the submission to "
@@ -1084,15 +1123,9 @@ class Config:
 def check_flags(config):
     """Raise ValueError for flags out of range, or that exclude each other."""
     numbers = [t for t in config.temperature if not isinstance(t, str)]
-    if min((*numbers, *config.scales)) <= 0 or max(config.scales) > 16:
-        raise ValueError("--temperature must be above 0 and --scales in (0, 16], found "
-                         f"{' '.join(map(str, (*numbers, *config.scales)))}")
-    if not 0 <= config.workers <= 256 or not (config.thresholds == 0
-                                              or 2 <= config.thresholds <= 100_000):
-        raise ValueError("--workers must lie in 0..256 and --thresholds in 2..100000, found "
-                         f"{config.workers} and {config.thresholds}")
-    if config.tile < 0 or config.tile % 512:
-        raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
+    check_forward_flags(config, numbers)
+    if config.thresholds and not 2 <= config.thresholds <= 100_000:
+        raise ValueError(f"--thresholds must lie in 2..100000, found {config.thresholds}")
     modes = [name for name in ("images", "submit", "score", "ladder", "benchmark")
              if getattr(config, name)]
     asked = [name for name in ("json", "plots", "panels") if getattr(config, name)]
@@ -1106,6 +1139,10 @@ def check_flags(config):
     if config.panels < 0 or config.panels_worst and not config.panels:
         raise ValueError("--panels takes the number of sheets per condition, and --panels-worst "
                          "needs it")
+    if config.score and config.temperature != (1.0,):
+        raise ValueError("--temperature needs logits; --score takes the confidence as it is stored")
+    if not 0 <= config.theta <= 1:
+        raise ValueError(f"--theta must lie in [0, 1], found {config.theta}")
     if config.score and not config.val:
         raise ValueError("--score needs the set that the PNGs belong to: --val NAME")
 
@@ -1222,14 +1259,42 @@ def main():
         score(config, device, rank, world)
     else:
         models, state = load_ensemble(paths, device)
-        about = {"checkpoints": list(paths), "step": state["step"], "scales": list(config.scales),
-                 "flip": config.flip, "tile": config.tile, "precision": config.precision}
-        forward = dict(precision=config.precision, workers=config.workers, rank=rank, world=world,
-                       scales=config.scales, flip=config.flip, tile=config.tile or None)
+        about = {"checkpoints": list(paths), "sha256": sha256(paths), "step": state["step"],
+                 "scales": list(config.scales), "flip": config.flip, "tile": config.tile,
+                 "precision": dtype_name(half_type(device, config.precision))}
+        forward = {**forward_flags(config), "rank": rank, "world": world}
         say(f"{', '.join(paths)}: step {state['step']}")
         run = predict_files if config.images or config.submit else evaluate_checkpoints
         run(config, models, state, about, device, forward)
     end_processes()
+
+
+def sha256(paths):
+    """Digests of files."""
+    digests = []
+    for path in paths:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
+
+
+def forward_flags(config):
+    """The arguments of predictions that flags decide."""
+    return {name: getattr(config, name)
+            for name in ("precision", "workers", "scales", "flip", "tile")}
+
+
+def check_forward_flags(config, temperatures):
+    """Raise ValueError where one of them, or a temperature, is out of range."""
+    if not all(t >= 1e-6 for t in temperatures):
+        raise ValueError("--temperature must be at least 1e-6, found "
+                         f"{' '.join(map(str, temperatures))}")
+    if not all(0 < scale <= 16 for scale in config.scales):
+        raise ValueError(f"--scales must lie in (0, 16], found {' '.join(map(str, config.scales))}")
+    if not 0 <= config.workers <= 256:
+        raise ValueError(f"--workers must lie in 0..256, found {config.workers}")
+    if config.tile < 0 or config.tile % 512:
+        raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
 
 
 def labelled_samples(root, specs, split):
@@ -1246,7 +1311,7 @@ def score(config, device, rank, world):
                                 world)
 
     def run(watch):
-        return pool(stream, samples, len(classes), device, (1.0,), config.thresholds or None, watch)
+        return pool(stream, samples, len(classes), device, (1.0,), config.thresholds, watch)
     report(config, samples, classes, [(1.0, "stored")],
            {"score": config.score, "sets": list(config.val)}, run,
            (Path(config.score) / "confidence").is_dir())
@@ -1263,7 +1328,7 @@ def evaluate_checkpoints(config, models, state, about, device, forward):
                          f"({state['classes'][0]}, ...), which are not those of {specs[0]}; "
                          "name a matching set with --val or another --checkpoint")
     temperatures = [(t, t if isinstance(t, str) else "given") for t in config.temperature]
-    words, thresholds = {how for _, how in temperatures} - {"given"}, config.thresholds or None
+    words, thresholds = {how for _, how in temperatures} - {"given"}, config.thresholds
     if words:
         choosing, samples = split_halves(samples)
         say(f"{' and '.join(sorted(words))} on {len(choosing)} images, every second one of each "
@@ -1289,21 +1354,22 @@ def report(config, samples, classes, temperatures, about, run, with_confidence=T
     if config.panels:
         panels = Panels(samples, config.panels, config.panels_worst, temperatures[0][0], classes)
     results, counts = run(panels), count_conditions(samples)
+    rows = {condition: [{**budget(metrics), **metrics.compute()} for metrics in group]
+            for condition, group in results.items()}
+    if not with_confidence:
+        say("\nno confidence/ beside the labels: mIoU only, no plots")
+        known = ("miou", "iou", "classes", "pixels", "confusion", "thresholds")
+        rows = {condition: [{key: r[key] if key in known else math.nan for key in r} for r in group]
+                for condition, group in rows.items()}
+    if is_first():                          # first of all, whatever becomes of the files
+        print_results(rows, temperatures, counts, classes, config.thresholds)
+    if config.json and is_first():
+        write_json(config.json, rows, temperatures, counts, {**about, "classes": list(classes)})
     if panels:
         panels.write(config.out)
         say(f"\nsheets of pictures: {config.out}")
     if not is_first():
         return
-    rows = {condition: [{**budget(metrics), **metrics.compute()} for metrics in group]
-            for condition, group in results.items()}
-    if not with_confidence:
-        say("\nno confidence/ beside the labels: mIoU only")
-        known = ("miou", "iou", "classes", "pixels", "confusion", "thresholds")
-        rows = {condition: [{key: r[key] if key in known else math.nan for key in r} for r in group]
-                for condition, group in rows.items()}
-    print_results(rows, temperatures, counts, classes, config.thresholds)
-    if config.json:
-        write_json(config.json, rows, temperatures, counts, {**about, "classes": list(classes)})
     for condition, group in rows.items() if config.plots and with_confidence else ():
         if group[0]["pixels"]:
             picture = plot(f"{condition}, {counts[condition]} images", group, temperatures)
@@ -1314,24 +1380,33 @@ def predict_files(config, models, state, about, device, forward):
     """--images and --submit: write PNGs, and the zip of a submission."""
     classes, about["temperature"] = tuple(state["classes"]), config.temperature[0]
     if config.images:
-        out, folders = config.out, IMAGE_FOLDERS
+        out, folders, about["images"] = config.out, IMAGE_FOLDERS, config.images
         samples, names = find_images(config.images, out)
     else:
         kind, path = config.submit
         root, out = config.data or state["config"]["data"], f"{path}.parts"
         samples, names = submission_samples(kind, root, config.split or "test")
-        folders, about = SUBMISSIONS[kind][3], {**about, "kind": kind, "theta": config.theta}
+        folders = SUBMISSIONS[kind][3]
+        about.update(kind=kind, theta=config.theta, data=root)
         if classes != CLASSES:
             raise ValueError(f"{about['checkpoints'][0]} has {len(classes)} classes; --submit "
                              "needs the 19 of Cityscapes")
+    bad = []
+
+    def skip(message):
+        print(f"skipped: {message}", flush=True)
+        bad.append(message)
     write_predictions(models, samples, names, out, folders, about, palette_of(classes),
-                      config.temperature[0], config.theta, device, **forward)
+                      config.temperature[0], config.theta, device,
+                      skip=skip if config.images else None, **forward)
     if config.submit and is_first():
         write_submission(path, kind, samples, names, out)
         shutil.rmtree(out)
         print(f"{path}: {len(samples)} images, {len(samples) * len(folders)} files, all checked")
     elif config.images:
-        say(f"{out}: {', '.join(folders)} of {len(samples)} images")
+        bad = sum(map(len, gathered(bad)))
+        say(f"{out}: {', '.join(folders)} of {len(samples) - bad} images"
+            + f", {bad} skipped as unreadable" * bool(bad))
 
 
 if __name__ == "__main__":

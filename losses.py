@@ -37,8 +37,9 @@ def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
     pixels, 0 where labels == ignore. Ignored pixels count as another label, the image edge
     does not.
     """
-    if len(alphas) != len(bins) + 1:
-        raise ValueError(f"{len(bins)} bins need {len(bins) + 1} alphas, found {len(alphas)}")
+    if not bins or len(alphas) != len(bins) + 1 or any(edge != int(edge) for edge in bins):
+        raise ValueError(f"expected bins in whole pixels and one alpha more, found {bins} and "
+                         f"{alphas}")
     squared = squared_boundary_distance(labels, bins[-1])
     weights = torch.full(labels.shape, float(alphas[-1]), device=labels.device)
     for edge, alpha in reversed(list(zip(bins, alphas))):    # no table: a copy to a GPU would wait

@@ -8,13 +8,11 @@
 
 Writes below --out: a PNG of ids per image in the classes of the checkpoint (255 where the
 confidence is below the threshold) in a tree that mirrors the pool, manifest.csv with a row per
-label, and settings.json. The same
-command continues an interrupted run; other settings in the same folder are refused. The deck,
-part II.
+label, and settings.json. The same command continues an interrupted run; other settings in the same
+folder are refused. The deck, part II.
 """
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -27,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data import (DATASETS, IGNORE, MANIFEST, SETTINGS, Sample, classes_of, clock, find_samples,
                   flag, hold, is_first, parse_flags, parse_spec, run_main, say, whole_file)
-from evaluate import (confidence, end_processes, half_type, load_ensemble, predictions,
-                      split_logits, start_processes)
+from evaluate import (check_forward_flags, confident_ids, dtype_name, end_processes, forward_flags,
+                      gathered, half_type, images_below, load_ensemble, predictions, sha256,
+                      start_processes)
 
 CELLS = 4096                # of the confidence histograms behind --class-share
 SAMPLE = 200                # images of the pools that those histograms are taken from
@@ -54,8 +52,8 @@ class Config:
     out: str = flag("pseudo/v1", "output folder")
     threshold: float = flag(0.99, "confidence that a pixel needs to keep its label")
     class_share: float = flag(0.0, "keep at least this share of the pixels of each predicted "
-                              "class, with a lower threshold where 0.99 would drop the class; "
-                              "0 is off")
+                              "class, with a lower threshold where --threshold would "
+                              "keep less; 0 is off")
     temperature: float = flag(1.0, "softmax temperature")
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
@@ -69,16 +67,18 @@ class Config:
     min_kept: float = flag(0.2, "share of kept pixels below which an image is never chosen")
 
 
+CHOOSING = ("select", "rule", "min_kept")     # flags that do not change labels
+
+
 # --- inference ----------------------------------------------------------------------------------
 
-def pool_samples(root, pools):
+def pool_samples(root, pools, out):
     """Unlabelled samples of all pools, each image once, sorted within a pool. Raises ValueError."""
     samples = []
     for pool in pools:
         if Path(pool).is_dir() and pool not in DATASETS:
-            images = sorted(str(path) for kind in ("png", "jpg", "jpeg")
-                            for path in Path(pool).rglob(f"*.{kind}"))
-            found = [Sample(image, None, None, None, pool, "all") for image in images]
+            found = [Sample(str(path), None, None, None, pool, "all")
+                     for path in images_below(pool, out)]
         else:
             name, only, _ = parse_spec(pool)
             found = find_samples(root, name, "train", only, labelled=False)
@@ -86,20 +86,20 @@ def pool_samples(root, pools):
             raise ValueError(f"no images in pool {pool!r}; `python data.py --data {root}` lists "
                              "what was looked for")
         samples += found
-    outside = [s.image for s in samples
-               if not Path(s.image).resolve().is_relative_to(Path(root).resolve())
-               and not Path(s.image).is_relative_to(root)]
-    if outside:
-        raise ValueError(f"{outside[0]} is not below the data root {root}; put or link the pool "
-                         "there")
-    samples = list({sample.image: sample for sample in samples}.values())
-    labels = {}
+    if Path(out).resolve() == Path(root).resolve():
+        raise ValueError(f"--out {out} is the data root: labels would replace images; choose "
+                         "another folder")
+    below, labels = {}, {}                           # path below the root -> sample; label -> image
     for sample in samples:
-        other = labels.setdefault(Path(sample.image).with_suffix(".png"), sample.image)
-        if other != sample.image:
-            raise ValueError(f"{other} and {sample.image} would share one label; rename or remove "
-                             "one")
-    return samples
+        name = os.path.relpath(sample.image, root)
+        if name.startswith(os.pardir):
+            raise ValueError(f"{sample.image} is not below the data root {root}; put or link the "
+                             "pool there, and name it there")
+        below.setdefault(name, sample)
+        other = labels.setdefault(Path(name).with_suffix(".png"), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} would share one label; rename or remove one")
+    return list(below.values())
 
 
 def check_classes(config, classes):
@@ -115,18 +115,6 @@ def check_classes(config, classes):
 def label_path(out, root, image):
     """Where the label of a pool image lies: the image's path below the data root, as .png."""
     return Path(out) / Path(os.path.relpath(image, root)).with_suffix(".png")
-
-
-def confident_ids(logits, temperature):
-    """Train ids (H, W) and confidence (H, W) float32 of logits (C, H, W)."""
-    ids, below_top = split_logits(logits)
-    return ids.view(logits.shape[1:]), confidence(below_top, temperature).view(logits.shape[1:])
-
-
-def forward_flags(config):
-    """The arguments of evaluate.predictions that flags decide."""
-    return {"precision": config.precision, "workers": config.workers, "scales": config.scales,
-            "flip": config.flip, "tile": config.tile or None}
 
 
 def class_thresholds(models, samples, config, classes, device, rank, world):
@@ -148,15 +136,13 @@ def class_thresholds(models, samples, config, classes, device, rank, world):
         cell = (q * CELLS).long().clamp(max=CELLS - 1)
         histogram += torch.bincount((ids * CELLS + cell).flatten(),
                                     minlength=classes * CELLS).view(classes, CELLS)
-    if world > 1:
-        dist.all_reduce(histogram)
+    histogram = sum(gathered(histogram.cpu()))
     share_above = (histogram.flip(1).cumsum(1).flip(1).double()
                    / histogram.sum(1, keepdim=True).clamp(min=1))
     # The highest cell edge above which the wanted share lies, for classes that occur.
     edge = (share_above >= config.class_share).sum(1).sub(1).clamp(min=0).double() / CELLS
-    edge = (edge * 10 ** 6).floor() / 10 ** 6                     # as settings.json keeps them
-    lowered = torch.minimum(thresholds.to(device), edge.float())
-    return torch.where(histogram.sum(1) > 0, lowered, thresholds.to(device)).cpu()
+    lowered = torch.minimum(thresholds, edge.float())
+    return torch.where(histogram.sum(1) > 0, lowered, thresholds)
 
 
 def write_label(path, ids, statistics):
@@ -171,7 +157,7 @@ def write_label(path, ids, statistics):
 
 def label_pool(models, samples, thresholds, config, classes, device):
     """Predict and write the labels of this process's samples, and say how fast that was.
-    Returns the images that could not be read."""
+    Returns how many images could not be read."""
     thresholds, bad, pending = thresholds.to(device), [], []
     began, done, cost = time.perf_counter(), 0, np.zeros(2)
 
@@ -200,7 +186,7 @@ def label_pool(models, samples, thresholds, config, classes, device):
         whole, (seconds, size) = time.perf_counter() - began, cost / done
         say(f"{done} labels in {clock(whole)}, {done / whole:.2f} images/s on rank 0; a PNG takes "
             f"{1e3 * seconds:.1f} ms of a thread beside, {size / 1e3:.1f} kB")
-    return bad
+    return len(bad)
 
 
 # --- manifest and selection ---------------------------------------------------------------------
@@ -254,7 +240,8 @@ def gather_rows(out, root, samples, classes):
 
 def save_rows(out, rows):
     """Write the manifest of a folder, whole or not at all."""
-    with whole_file(Path(out) / MANIFEST) as temporary, open(temporary, "w", newline="") as file:
+    with (whole_file(Path(out) / MANIFEST) as temporary,
+          open(temporary, "w", newline="", errors="surrogateescape") as file):
         writer = csv.writer(file)
         writer.writerow((*FIXED, *rows.classes))
         for i, (image, label, pool) in enumerate(zip(rows.image, rows.label, rows.pool)):
@@ -269,7 +256,7 @@ def load_rows(out):
         raise FileNotFoundError(f"{path} is missing: give --checkpoint and --pools to make it")
     names, numbers, pixels = [], array("d"), array("q")
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", errors="surrogateescape") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             if tuple(header[:len(FIXED)]) != FIXED:
@@ -321,15 +308,12 @@ def select(rows, budget, rule, min_kept):
 
 def settings_of(config, count, classes, device):
     """What decides the labels in a folder, for settings.json."""
-    digests = []
-    for path in config.checkpoint:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    dtype = half_type(device, config.precision) or torch.float32
-    return {"classes": list(classes), "checkpoints": digests, "pools": list(config.pools),
-            "images": count, "threshold": config.threshold, "class_share": config.class_share,
-            "temperature": config.temperature, "scales": list(config.scales), "flip": config.flip,
-            "tile": config.tile, "precision": str(dtype)[6:], "torch": str(torch.__version__)}
+    return {"classes": list(classes), "checkpoints": sha256(config.checkpoint),
+            "pools": list(config.pools), "images": count, "threshold": config.threshold,
+            "class_share": config.class_share, "temperature": config.temperature,
+            "scales": list(config.scales), "flip": config.flip, "tile": config.tile,
+            "precision": dtype_name(half_type(device, config.precision)),
+            "torch": str(torch.__version__)}
 
 
 def stored_thresholds(out, settings):
@@ -362,14 +346,9 @@ def check(config):
                              f"found {getattr(config, name)}")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out} is a file; expected a folder")
-    if not config.temperature > 0 or not all(0 < scale <= 16 for scale in config.scales):
-        raise ValueError("--temperature must be above 0 and --scales in (0, 16], found "
-                         f"{config.temperature} and {' '.join(map(str, config.scales))}")
-    if config.select < 0 or not 0 <= config.workers <= 256:
-        raise ValueError("--select must not be negative and --workers lie in 0..256, found "
-                         f"{config.select} and {config.workers}")
-    if config.tile < 0 or config.tile % 512:
-        raise ValueError(f"--tile must be a multiple of 512 pixels, found {config.tile}")
+    check_forward_flags(config, [config.temperature])
+    if config.select < 0:
+        raise ValueError(f"--select must not be negative, found {config.select}")
     if bool(config.checkpoint) != bool(config.pools):
         raise ValueError("--checkpoint and --pools belong together; without both, only --select "
                          "works")
@@ -384,7 +363,7 @@ def make_labels(config):
     models, state = load_ensemble(config.checkpoint, device)
     classes = state["classes"]
     check_classes(config, classes)
-    samples = pool_samples(config.data, config.pools)
+    samples = pool_samples(config.data, config.pools, config.out)
     settings = settings_of(config, len(samples), classes, device)
     thresholds = stored_thresholds(config.out, settings)
     if thresholds is None:
@@ -393,27 +372,27 @@ def make_labels(config):
         # Again, since another start may have been here while the thresholds were read off.
         if rank == 0 and stored_thresholds(config.out, settings) is None:
             with whole_file(Path(config.out) / SETTINGS) as temporary:
-                settings["class_thresholds"] = [round(t, 6) for t in thresholds.tolist()]
+                settings["class_thresholds"] = thresholds.tolist()
                 temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        if world > 1:
-            dist.barrier()                   # labels only in a folder that says how they were made
+        gathered(None)                       # labels only in a folder that says how they were made
         left = [s for s in samples[rank::world]
                 if read_statistics(label_path(config.out, config.data, s.image)) is None]
         say(f"{config.out}: {len(samples)} images of {' '.join(config.pools)}, {len(left)} to "
             f"label on rank 0 of {world}")
-        bad = torch.tensor(len(label_pool(models, left, thresholds, config, len(classes), device)),
-                           device=device)
-        if world > 1:
-            dist.all_reduce(bad)
+        bad = sum(gathered(label_pool(models, left, thresholds, config, len(classes), device)))
         rows = gather_rows(config.out, config.data, samples, classes) if rank == 0 else None
-    say(f"{len(samples) - int(bad)} labels written, {int(bad)} images skipped as unreadable")
+    say(f"{len(samples) - bad} labels are there, {bad} images were skipped as unreadable")
     end_processes()
     return rows
 
 
 def main():
-    config = Config(**parse_flags(Config, __doc__))
+    given = parse_flags(Config, __doc__)
+    config = Config(**given)
     check(config)
+    if not config.checkpoint and (late := given.keys() - {"out", "data", *CHOOSING}):
+        raise ValueError(f"--{min(late).replace('_', '-')} is settled in a finished folder; "
+                         "without --checkpoint only --select, --rule and --min-kept count")
     rows = make_labels(config) if config.checkpoint else load_rows(config.out)
     if not is_first():
         return
@@ -421,6 +400,10 @@ def main():
         raise ValueError(f"{config.out}: no image could be labelled")
     if config.select:
         quota = select(rows, config.select, config.rule, config.min_kept)
+        if not sum(quota.values()):
+            raise ValueError(f"{config.out}: no image has --min-kept {config.min_kept} of its "
+                             "pixels kept; lower it, or label anew with --class-share 0.5 or a "
+                             "lower --threshold")
     save_rows(config.out, rows)
     print(f"{config.out}: {len(rows.image)} labels, {100 * rows.kept.mean():.1f} % of the pixels "
           "kept")

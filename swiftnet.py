@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext import SIZES, compiled_for_gpu, convnext, read_tensors
+from convnext import SIZES, compiling, convnext, read_tensors
 
 MEAN = (123.675, 116.28, 103.53)       # ImageNet, in grey levels of 0..255
 STD = (58.395, 57.12, 57.375)
@@ -86,23 +86,22 @@ def channels_last(weight):
     """A convolution weight (O, I, h, w) in channels-last strides. `Tensor.to` would leave depthwise
     ones (I = 1) as they are, since their order is ambiguous, and DDP would copy every gradient of
     theirs."""
-    outputs, inputs, height, width = weight.shape
-    strides = (height * width * inputs, 1, width * inputs, inputs)
-    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype,
-                               device=weight.device).copy_(weight)
+    return weight.permute(0, 2, 3, 1).clone(
+        memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
 
 def resize(x, size):
     """Bilinear interpolation of (B, C, H, W) to size (height, width), pixel centres aligned."""
-    if compiled_for_gpu(x):
+    if compiling():
         x = x.float() if torch.is_autocast_enabled("cuda") else x      # as autocast does below
         return compiled_resize(x, *size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-# torch.compile would take interpolate apart and give it a backward pass of atomic additions, four
-# times slower than the stock one, and would hand the stock one its gradient in an order that is
-# slow as well (README, "Speed"). As operators of our own both stay whole.
+# torch.compile would take interpolate apart. On a CPU it then gets gradients wrong (torch 2.13: most
+# weights of the network receive 0), on a GPU its backward pass is one of atomic additions, four
+# times slower than the stock one, which would get its gradient in an order that is slow as well
+# (README, "Speed"). As operators of our own both passes stay whole.
 @torch.library.custom_op("swiftnet::resize", mutates_args=())
 def compiled_resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """resize of (B, C, H, W) to (B, C, height, width), in channels-last memory."""
@@ -195,6 +194,8 @@ def load_checkpoint(path, device="cpu"):
                 raise ValueError(f"{name} is {tuple(found)}, not {tuple(expected[name].shape)}")
         model = build(**state["architecture"])
         model.load_state_dict(state["model"])
+        if len(state["classes"]) != model.num_classes:
+            raise ValueError(f"{len(state['classes'])} class names for {model.num_classes} classes")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own architecture {state['architecture']}: "
                          f"{str(error).splitlines()[-1].strip()[:200]}") from None
@@ -210,8 +211,8 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
     models: one model or several with the same classes, in eval mode. image: (3, H, W) uint8.
     tile: side in pixels of overlapping tiles for images that do not fit at once (see
     forward_tiled).
-    Returns (C, H, W) float32 on the models' device. Memory: two logit maps of the image, whatever
-    the number of scales and models.
+    Returns (C, H, W) float32 on the models' device. Memory: about three logit maps of the largest
+    scale, whatever the number of scales and models.
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
     device = next(models[0].parameters()).device
@@ -238,8 +239,8 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
 def forward_tiled(model, images, tile):
     """Logits of (B, 3, H, W), computed on overlapping tiles of `tile` pixels.
 
-    Tiles start at multiples of 128, so their feature grids coincide with those of the whole image;
-    of each, the quarter at every inner edge is thrown away. What remains differs from the untiled
+    Tiles start at multiples of 128, so their feature grids coincide with those of the whole image
+    (up to 3 levels); of each, the quarter at every inner edge is thrown away. What remains differs from the untiled
     logits only as far as the network looks beyond that margin: exactly equal where the receptive
     field ends inside the tile, close elsewhere.
     """

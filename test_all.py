@@ -463,6 +463,15 @@ class SpeedTest(unittest.TestCase):
         for a, b in zip(self.plain, self.grads(self.model, network, self.images)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
+    @unittest.skipUnless(any(map(shutil.which, ("c++", "g++", "clang++"))), "needs a C++ compiler")
+    def test_compiled_equals_eager(self):
+        """At this size torch 2.13 compiles the stock upsampling to gradients of 0 before it."""
+        model = swiftnet.SwiftNet(convnext.ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), layer_scale=0.5),
+                                  num_classes=5, width=8, levels=1).train()
+        network, images = torch.compile(model, dynamic=False), self.images[..., :64, :64]
+        for a, b in zip(self.grads(model, model, images), self.grads(model, network, images)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
     def test_memory_layout_is_no_matter(self):
         for module in self.model.modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -1165,7 +1174,7 @@ class DataTest(Temporary):
             (121, 87), Image.Resampling.BICUBIC))
         put(self.folder / "custom/images/train/a.png", smooth)
         put(self.folder / "custom/labels/train/a.png", pattern(range(7), 121, 87))
-        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        (self.folder / "custom/classes.txt").write_text("\n".join("abcdefg"))
         sample, = data.gather(self.folder, ("custom",), "train")
         for seed in range(30):
             crop = 64
@@ -1191,13 +1200,32 @@ class DataTest(Temporary):
             self.assertLessEqual(np.abs(image.astype(int) - usual).max(), 1)
             np.testing.assert_array_equal(ids, usual_ids)
 
+    def test_reduced_photos_stay_in_place(self):
+        """A JPEG decoded at 1/8 is up to 7 pixels wider than the photo: a ramp shows where a crop
+        really lies, at the edge too."""
+        side, crop = 4321, 64
+        ramp = np.broadcast_to(np.linspace(0, 255, side).round(), (side, side)).astype(np.uint8)
+        put(self.folder / "custom/images/train/a.jpg", Image.fromarray(ramp))
+        put(self.folder / "custom/labels/train/a.png", np.zeros((side, side), np.uint8))
+        (self.folder / "custom/classes.txt").write_text("x\ny\n")
+        sample, = data.gather(self.folder, ("custom",), "train")
+        for seed in range(8):
+            image, _ = data.augment(sample, 2, np.random.default_rng(seed), crop, (0.5, 0.5))
+            rng = np.random.default_rng(seed)
+            rng.uniform(0.5, 0.5)
+            left, _ = rng.integers(540 - crop + 1), rng.integers(540 - crop + 1)
+            row = image[32, :, 0].astype(float)
+            row = row[::-1] if rng.random() < 0.5 else row
+            expected = (left + np.arange(crop) + 0.5) / 540 * 255       # 0.47 grey levels a pixel
+            self.assertLess(abs((row - expected).mean()), 0.3)
+
     def test_image_and_label_stay_aligned(self):
         """The image shows its label's number in every channel; after augmentation it still must."""
         blocks = np.kron(np.random.default_rng(0).integers(0, 7, (6, 8)),
                          np.ones((20, 20))).astype(np.uint8)
         put(self.folder / "custom/images/train/a.png", np.repeat(30 * blocks[..., None], 3, 2))
         put(self.folder / "custom/labels/train/a.png", blocks)
-        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        (self.folder / "custom/classes.txt").write_text("\n".join("abcdefg"))
         sample, = data.gather(self.folder, ("custom",), "train")
         for seed in range(20):
             image, ids = data.augment(sample, 7, np.random.default_rng(seed), 100)
@@ -1214,7 +1242,7 @@ class DataTest(Temporary):
         put(self.folder / "custom/images/train/a.jpg", np.repeat(30 * blocks[..., None], 3, 2),
             quality=95)
         put(self.folder / "custom/labels/train/a.png", blocks)
-        (self.folder / "custom/classes.txt").write_text("x\n" * 7)
+        (self.folder / "custom/classes.txt").write_text("\n".join("abcdefg"))
         sample, = data.gather(self.folder, ("custom",), "train")
         image, native = data.read_image(sample.image, 0.26)
         self.assertEqual((native, image.size), ((3200, 2400), (1600, 1200)))
@@ -1228,7 +1256,7 @@ class DataTest(Temporary):
         samples = data.gather(self.folder, ("custom",), "train")
         batches = {}
         for workers in (0, 2):
-            sampler = data.StepSampler([1] * 5, 4, 2, first=1, last=5, seed=3)
+            sampler = data.step_keys([1] * 5, 4, 2, first=1, last=5, seed=3)
             loader = torch.utils.data.DataLoader(data.TrainSet(samples, 3, 64, (0.5, 2.0), 3),
                                                  batch_sampler=sampler, num_workers=workers,
                                                  collate_fn=data.collate)
@@ -1243,12 +1271,12 @@ class DataTest(Temporary):
         self.assertFalse(torch.equal(dataset[0, 0, 0, -1][0], dataset[0, 1, 0, -1][0]))
 
     def test_step_sampler(self):
-        whole = list(data.StepSampler([1] * 10, 4, 3, 0, 7, seed=1))
+        whole = list(data.step_keys([1] * 10, 4, 3, 0, 7, seed=1))
         self.assertEqual([len(step) for step in whole], [4] * 7)
         # Processes share each step's batch; a later start gives the later steps.
-        halves = [list(data.StepSampler([1] * 10, 4, 3, 0, 7, 1, rank, 2)) for rank in (0, 1)]
+        halves = [list(data.step_keys([1] * 10, 4, 3, 0, 7, 1, rank, 2)) for rank in (0, 1)]
         self.assertEqual(whole, [a + b for a, b in zip(*halves)])
-        self.assertEqual(whole[5:], list(data.StepSampler([1] * 10, 4, 3, 5, 7, seed=1)))
+        self.assertEqual(whole[5:], list(data.step_keys([1] * 10, 4, 3, 5, 7, seed=1)))
         self.assertEqual([key[0] for step in whole for key in step], [0] * 12 + [1] * 12 + [2] * 4)
         first = [key[2] for step in whole[:3] for key in step]
         self.assertEqual(sorted(first[:10]), list(range(10)))         # every image before any twice
@@ -1272,6 +1300,33 @@ class DataTest(Temporary):
         for words in ("custom val: 1 images without label", "custom train: 1 labels without image",
                       "same file", r"values \[9\] have no meaning"):
             self.assertRegex(problems, words)
+
+    def test_check_of_incomplete_sets(self):
+        """A mask or an entry of the json that lacks is named, two files for one image do not hide
+        the sets that follow, and pools need no labels."""
+        Fixtures.acdc(self.folder)
+        Fixtures.wilddash_final(self.folder)
+        Fixtures.camvid(self.folder)
+        Fixtures.custom(self.folder)
+        put(self.folder / "nightcity/images/val/a.png", picture())
+        put(self.folder / "camvid/train/extra.png", picture())
+        put(self.folder / "camvid/val/0016E5_07959.jpg", picture())
+        (self.folder / "custom/labels/val/frame0 of mine.png").unlink()
+        next((self.folder / "acdc/gt/fog/val").rglob("*invIds.png")).unlink()
+        (self.folder / "wilddash/panoptic.json").write_text('{"annotations": []}')
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            problems = data.check(self.folder)
+        self.assertRegex(out.getvalue(), r"camvid_dusk +train +1 +0 +0  odd 1")
+        for words in ("acdc val: 1 labels without invalid, first .*fog.*labelTrainIds",
+                      "wilddash train: .*at0002_100000.png is not described in .*panoptic.json",
+                      "camvid train: 1 images without label, first .*extra.png",
+                      "camvid val: two files for one image", "custom val: 1 images without label"):
+            self.assertEqual(sum(bool(re.match(words, line)) for line in problems), 1, problems)
+        self.assertFalse([line for line in problems if "nightcity" in line])
+        with self.assertRaisesRegex(ValueError, "wilddash has no split 'val'; there is train"):
+            data.gather(self.folder, ("wilddash",), "val")
+        shutil.rmtree(self.folder / "acdc/gt")
+        self.assertIn("acdc", data.annotated(self.folder, "train"))      # named as incomplete later
 
     def test_modes_and_rotation(self):
         """RGBA, grey and palette images become RGB; an EXIF rotation is not applied,
@@ -1392,7 +1447,12 @@ class DataTest(Temporary):
             cache.write_bytes(b"broken")
             put(Path(samples[0].label), np.asarray(Image.open(samples[1].label)))
             self.assertEqual(data.class_counts(samples, 3)[0, 1], 16)
-        sampler = data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=1.0)
+            other = [sample._replace(dataset="vistas") for sample in samples]     # another table
+            self.assertEqual(data.class_counts(other, 3)[7, 2], 0)
+            colourful = [sample._replace(label=sample.image) for sample in samples]
+            with self.assertRaisesRegex(ValueError, "mode RGB, expected L or P"):
+                data.class_counts(colourful, 3)
+        sampler = data.step_keys([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=1.0)
         keys = [key for step in sampler for key in step]
         self.assertEqual(np.bincount([key[3] for key in keys]).tolist(), [20, 20, 20])
         dataset = data.TrainSet(samples, 3, 64, (0.5, 2.0), 0)
@@ -1402,8 +1462,12 @@ class DataTest(Temporary):
             # At zoom 1/2 a class of 3 pixels may fall between the samples of
             # nearest-neighbour scaling.
             self.assertTrue((ids == key[3]).any() or key[3] == 2, key)
+        heavy = data.step_keys([1] * 2 + [9] + [0.5] * 9, 6, 10, 0, 10, 0, counts=counts,
+                               uniform=1.0)
+        drawn = [index for step in heavy for _, _, index, wanted in step if wanted == 1]
+        self.assertTrue(12 <= drawn.count(2) < 20, drawn)         # a weight of 9 among 11: 16 of 20
         half = [key
-                for step in data.StepSampler([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=0.5)
+                for step in data.step_keys([1] * 12, 6, 10, 0, 10, 0, counts=counts, uniform=0.5)
                 for key in step]
         self.assertTrue(15 < sum(key[3] >= 0 for key in half) < 45)
 
@@ -2183,11 +2247,12 @@ class TrainTest(Temporary):
 
     def test_skip_bad(self):
         """A file that cannot be read stops training, unless as many are allowed;
-        then it is counted and logged."""
+        then it is counted and logged, once, however often it comes up."""
         Fixtures.custom(self.folder, images=4, size=(80, 60))
-        (self.folder / "custom/images/train/frame2 of mine.png").write_bytes(b"broken")
+        for i in (1, 2):
+            (self.folder / f"custom/images/train/frame{i} of mine.png").write_bytes(b"broken")
         arguments = ["train.py", "--recipe", "camvid", "--data", self.folder, "--train", "custom",
-                     "--val", "custom", "--crop", 160, "--batch", 2, "--steps", 4, "--width", 16,
+                     "--val", "custom", "--crop", 160, "--batch", 2, "--steps", 6, "--width", 16,
                      "--out", self.folder / "run"]
 
         def run(*more):
@@ -2195,15 +2260,15 @@ class TrainTest(Temporary):
                     contextlib.redirect_stdout(io.StringIO()) as out:
                 train.main()
             return out.getvalue()
-        with self.assertRaisesRegex(ValueError, "frame2 of mine.png cannot be read"):
+        with self.assertRaisesRegex(ValueError, "frame[12] of mine.png cannot be read"):
             run()
         with self.assertRaisesRegex(ValueError,
-                                    "frame2 of mine.png .*2 unreadable files; --skip-bad 1"):
+                                    "frame[12] of mine.png .*2 unreadable files; --skip-bad 1"):
             run("--skip-bad", "1")
         self.assertIn("skipped, number 2 of at most 2", run("--skip-bad", "2"))
         log = [json.loads(line)
                for line in (self.folder / "run/log.jsonl").read_text().splitlines()]
-        self.assertEqual(sum("skipped" in record for record in log), 2)
+        self.assertEqual(len({record["skipped"] for record in log if "skipped" in record}), 2)
 
     def test_schedule(self):
         rates = [train.learning_rate(step, 4e-4, 10, 110) for step in range(111)]
@@ -2387,16 +2452,21 @@ class PseudolabelTest(Temporary):
         result = self.run_script(*arguments, "--out", "out")
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertRegex(result.stdout, "skipped: .*broken.png cannot be read")
-        self.assertIn("3 labels written, 1 images skipped", result.stdout)
+        self.assertIn("3 labels are there, 1 images were skipped", result.stdout)
         before = self.files("out")
         for more, words in ((["--flip"], "flip: False there, True here"),
                             (["--threshold", 0.5], "threshold: 0.3 there"),
-                            (["--threshold", 7], "must lie in"), (["--temperature", 0], "above 0")):
+                            (["--threshold", 7], "must lie in"),
+                            (["--temperature", 0], "at least 1e-6")):
             result = self.run_script(*arguments, "--out", "out", *more)
             self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
             self.assertRegex(result.stderr, words)
         self.assertEqual(self.files("out"), before)
         for more, words in (([], "nothing to do"),
+                            (["--select", 3, "--out", "out", "--threshold", 0.5],
+                             "--threshold is settled in a finished folder"),
+                            (["--select", 3, "--out", "out", "--min-kept", 1],
+                             "no image has --min-kept 1.0"),
                             (["--select", 3, "--out", "nowhere"],
                              "nowhere/manifest.csv is missing"),
                             (["--checkpoint", "model.pt"], "belong together"),
@@ -2411,9 +2481,27 @@ class PseudolabelTest(Temporary):
             put(self.folder / "data/pool" / name, picture())
         pool = str(self.folder / "data/pool")
         with self.assertRaisesRegex(ValueError, "b.jpg and .*b.png would share one label"):
-            pseudolabel.pool_samples(self.folder / "data", (pool,))
+            pseudolabel.pool_samples(self.folder / "data", (pool,), "out")
         (self.folder / "data/pool/b.jpg").unlink()
-        self.assertEqual(len(pseudolabel.pool_samples(self.folder / "data", (pool, pool))), 2)
+        for pools in ((pool, pool), (pool, pool + "/../pool")):
+            found = pseudolabel.pool_samples(self.folder / "data", pools, "out")
+            self.assertEqual(len(found), 2)
+
+    def test_pools_are_never_written_to(self):
+        """A label must not take the place of an image, nor lie outside the folder of labels."""
+        root, pool = self.folder / "data", self.folder / "data/pool"
+        put(pool / "a.png", picture())
+        put(self.folder / "elsewhere/c.png", picture()).rename(self.folder / "elsewhere/c.PNG")
+        (pool / "linked").symlink_to(self.folder / "elsewhere")
+        put(pool / "labels/a.png", pattern([0]))
+        found = pseudolabel.pool_samples(root, (str(pool),), pool / "labels")
+        self.assertEqual([os.path.relpath(s.image, pool) for s in found], ["a.png", "linked/c.PNG"])
+        with self.assertRaisesRegex(ValueError, "labels would replace images"):
+            pseudolabel.pool_samples(root, (str(pool),), pool / "..")
+        (self.folder / "alias").symlink_to(pool)
+        for outside in ("alias", "elsewhere"):
+            with self.assertRaisesRegex(ValueError, "is not below the data root"):
+                pseudolabel.pool_samples(root, (str(self.folder / outside),), "out")
 
     def test_damaged_weights_write_nothing(self):
         """Logits that are not finite must not become labels, not even all-ignored ones."""
@@ -2725,6 +2813,11 @@ class TemperatureTest(Temporary):
         grid = np.linspace(2, 3, 1001)
         loss = [F.cross_entropy(logits.T.double() / t, truth).item() for t in grid]
         self.assertAlmostEqual(found, grid[np.argmin(loss)], delta=0.0015)
+        for wanted in (0.07, 0.15, 12.0):                    # near the ends of its range
+            truth = torch.multinomial(torch.softmax(logits.T / 40 / wanted, 1), 1,
+                                      generator=generator)[:, 0]
+            self.assertAlmostEqual(evaluate.fit_temperature(logits / 40, truth) / wanted, 1,
+                                   delta=0.1 if wanted < 1 else 0.5)
         # no minimum: all right
         self.assertTrue(0.05 <= evaluate.fit_temperature(10 * F.one_hot(truth, 5).T, truth) < 0.5)
         with self.assertRaisesRegex(ValueError, "no labelled pixel"):
@@ -2883,6 +2976,26 @@ class EvaluateScriptTest(Temporary):
         sheets = sorted(path.name for path in (self.folder / "panels").iterdir())
         self.assertEqual(sheets, [f"{c}-01-GP{k}10001_frame_000002_rgb_anon.png"
                                   for k, c in enumerate(("fog", "night", "rain", "snow"))])
+
+    def test_plot_of_a_perfect_prediction(self):
+        metrics = evaluate.Metrics(3, 0.1)
+        labels = torch.arange(3).repeat(4, 5)[None]
+        metrics.update(100.0 * F.one_hot(labels, 3).permute(0, 3, 1, 2), labels)
+        row = {**evaluate.budget(metrics), **metrics.compute()}
+        self.assertEqual(row["auiou"], 1)
+        self.assertEqual(evaluate.plot("x", [row], [(0.1, "given")]).width, 1600)
+
+    def test_sets_without_conditions_count_in_the_total(self):
+        """Their condition is called "all", which must not stand for all sets."""
+        samples = [data.Sample(name, None, None, None, "x", condition)
+                   for name, condition in (("a", "fog"), ("b", "all"), ("c", "all"))]
+        labels = torch.zeros(2, 2, dtype=torch.int64)
+        stream = [(i, evaluate.Pixels.of(torch.tensor([1.0, 0.0]).view(2, 1, 1).expand(2, 2, 2),
+                                         labels)) for i in range(3)]
+        results = evaluate.pool(stream, samples, 2, "cpu")
+        counts = evaluate.count_conditions(samples)
+        self.assertEqual((list(results), counts), (["all", "fog"], {"all": 3, "fog": 1}))
+        self.assertEqual([group[0].compute()["pixels"] for group in results.values()], [12, 4])
 
     def test_sheet(self):
         """Cells show what they say: invalid black, withheld pixels black."""
@@ -3058,6 +3171,14 @@ class EvaluateScriptTest(Temporary):
                         "sheets", "--plots", "plots")
         self.assertEqual((len(list((self.folder / "sheets").iterdir())),
                           len(list((self.folder / "plots").iterdir()))), (4, 5))
+        for path in (self.folder / "acdc/labelTrainIds").iterdir():      # the flat layout
+            path.rename(self.folder / "acdc" / path.name)
+        for name in ("labelTrainIds", "overlay"):
+            shutil.rmtree(self.folder / "acdc" / name)
+        flat = self.run_script("--score", "acdc", "--data", root, "--val", "acdc")
+        self.assertIn("confidence as stored", flat)
+        self.fails("--score takes the confidence as it is stored", "--score", "acdc", "--val",
+                   "acdc", "--temperature", 2)
         self.fails("name no class on .* --label-ids", "--score", "c", "--data", root, "--val",
                    "cityscapes")
         self.fails("lacks 2 of 2 predictions, first .*expected PNGs named like", "--score", "d",
@@ -3145,10 +3266,10 @@ class MistakeTest(Refusals):
                 (train, ["--drop-path", 1], "0 <= --drop-path < 1"),
                 (train, ["--resume", "runs/nowhere"], "there is no runs/nowhere/last.pt"),
                 (train, ["--compil"], "unrecognized arguments"),
-                (evaluate, ["--temperature", 0], "above 0"),
+                (evaluate, ["--temperature", 0], "at least 1e-6"),
                 (evaluate, ["--temperature", "warm"], "invalid temperature value"),
                 (evaluate, ["--tile", -512], "--tile must be|--tile"),
-                (evaluate, ["--thresholds", 1], "--thresholds in 2..100000"),
+                (evaluate, ["--thresholds", 1], "--thresholds must lie in 2..100000"),
                 (evaluate, ["--workers", -1], "--workers must lie in 0..256"),
                 (evaluate, ["--precision", "fp8"], "invalid choice: 'fp8'"),
                 (evaluate, [], "no checkpoint: nothing matches runs/.*train.py"),
@@ -3215,6 +3336,8 @@ class MistakeTest(Refusals):
                             ("nowhere.pt", "cannot open the weights nowhere.pt")):
             self.fails(evaluate, ["--checkpoint", path], words)
         save("runs-other.pt", classes=("kind 0", "kind 1", "kind 2"))
+        self.fails(evaluate, ["--checkpoint", "runs-other.pt"], "3 class names for 5 classes")
+        save("runs-other.pt", classes=tuple(f"kind {i}" for i in range(5)))
         self.fails(evaluate, ["--checkpoint", "five.pt", "runs-other.pt"],
                    "an ensemble needs the same")
 
@@ -3415,10 +3538,10 @@ BROKEN_SAFETENSORS = {
 }
 HEADER = "image,label,pool,kept,confidence,selected,road\n"
 BROKEN_MANIFESTS = {
-    "empty": (b"", "expected columns image and label, found none"),
-    "binary": (bytes(range(128, 256)), "can't decode byte"),
+    "empty": (b"", "expected columns image and label, found ''"),
+    "binary": (bytes(range(128, 256)), "expected columns image and label"),
     "of zero bytes": (bytes(100), "manifest.csv cannot be used"),
-    "without columns": (b"a,b\n1,2\n", "expected columns image and label, found a, b"),
+    "without columns": (b"a,b\n1,2\n", "expected columns image and label, found 'a, b'"),
     "with one huge field": (b"image,label\n" + b"x" * 200_000 + b",y\n", "field larger than"),
     "an absolute image": (HEADER + "/etc/passwd,0.png,p,1,1,1,9\n", "line 2: .* must be paths"),
     "an image above the root": (HEADER + "pool/../../x.png,0.png,p,1,1,1,9\n",
@@ -3514,20 +3637,20 @@ def catalogue():
              "--width", 16),
             (train, "cannot fetch https://localhost:1/w.pth .*download it elsewhere", *TRAIN,
              "--pretrained", "https://localhost:1/w.pth"),
-            (evaluate, "--temperature must be above 0 .* found -1.0 1.0", "--temperature", -1),
-            (evaluate, "--scales in .0, 16., found 1.0 0.0", "--scales", 0),
-            (evaluate, "--scales in .0, 16.", *EVALUATE, "--scales", 10 ** 6),
+            (evaluate, "--temperature must be at least 1e-6, found -1.0", "--temperature", -1),
+            (evaluate, "--scales must lie in .0, 16., found 0.0", "--scales", 0),
+            (evaluate, "--scales must lie in .0, 16.", *EVALUATE, "--scales", 10 ** 6),
             (evaluate, "--tile must be a multiple of 512", "--tile", 500),
-            (evaluate, "--thresholds in 2..100000", "--thresholds", 1),
-            (evaluate, "--thresholds in 2..100000", "--thresholds", 10 ** 12),
-            (evaluate, "--workers must lie in 0..256 .* found -1", "--workers", -1),
+            (evaluate, "--thresholds must lie in 2..100000", "--thresholds", 1),
+            (evaluate, "--thresholds must lie in 2..100000", "--thresholds", 10 ** 12),
+            (evaluate, "--workers must lie in 0..256, found -1", "--workers", -1),
             (evaluate, "--images and --score exclude", "--images", "data", "--score", "predicted"),
             (evaluate, "--panels-worst needs it", "--panels-worst"),
             (evaluate, "--score needs the set", "--score", "predicted"),
             (evaluate, "--submit knows acdc", *EVALUATE, "--submit", "mars", "x.zip"),
             (evaluate, "no labels for its split 'test'|no test images", *EVALUATE, "--split",
              "test"),
-            (evaluate, "no nonsense images of custom", *EVALUATE, "--split", "nonsense"),
+            (evaluate, "custom has no split 'nonsense'", *EVALUATE, "--split", "nonsense"),
             (evaluate, "knows 19 classes .*not those of custom", *EVALUATE, "--checkpoint",
              "nineteen.pt"),
             (evaluate, "--images nowhere: no such folder", *EVALUATE, "--images", "nowhere"),
@@ -3538,10 +3661,10 @@ def catalogue():
             (pseudolabel, r"--threshold must lie in \[0, 1\]", "--threshold", 1.5),
             (pseudolabel, r"--class-share must lie in \[0, 1\]", "--class-share", -1),
             (pseudolabel, r"--min-kept must lie in \[0, 1\]", "--min-kept", 2),
-            (pseudolabel, "--temperature must be above 0 .* found 0.0 and 1.0", "--temperature", 0),
-            (pseudolabel, "--scales in .0, 16., found 1.0 and 1000.0", "--scales", 1000),
-            (pseudolabel, "--select must not be negative .* found -1", "--select", -1),
-            (pseudolabel, "--workers lie in 0..256, found 0 and 257", "--workers", 257),
+            (pseudolabel, "--temperature must be at least 1e-6, found 0.0", "--temperature", 0),
+            (pseudolabel, "--scales must lie in .0, 16., found 1000.0", "--scales", 1000),
+            (pseudolabel, "--select must not be negative, found -1", "--select", -1),
+            (pseudolabel, "--workers must lie in 0..256, found 257", "--workers", 257),
             (pseudolabel, "--tile must be a multiple of 512 pixels, found 100", "--tile", 100),
             (pseudolabel, "--tile must be a multiple of 512 pixels, found -512", "--tile", -512),
             (pseudolabel, "belong together", "--pools", "stf"),
@@ -4352,18 +4475,20 @@ MUTATIONS = (             # file, what stands there once, what stands there inst
      "blend(resize(x, skip.shape[-2:]) - skip)", "SwiftNetTest"),
     ("swiftnet.py", "pyramid[level + i] = pyramid[level + i] + project(feature)",
      "pyramid[level + i] = project(feature)", "SwiftNetTest"),
+    ("swiftnet.py", "    if compiling():", "    if x.is_cuda and compiling():", "SpeedTest"),
     ("swiftnet.py", "logits.flip(-1) if mirrored", "logits if mirrored", "SwiftNetTest"),
     ("data.py", "FLIP_LEFT_RIGHT) if flip else part",
      'FLIP_LEFT_RIGHT) if flip and part.mode == "RGB" else part', "PropertyTest"),
     ("data.py", "(corner[1] + size[1]) * y", "(corner[1] + size[0]) * y", "DataTest"),
-    ("data.py", "self.batch + self.rank * share", "self.batch", "DataTest"),
+    ("data.py", "* batch + rank * share", "* batch", "DataTest"),
     ("data.py", 'or ".." in Path(n).parts', "", "PropertyTest"),
     ("data.py", "if invalid.max() > 1:", "if invalid.max() > 255:", "CatalogueTest"),
     ("data.py", "if not 0 < weight <= 1000:", "if not 0 <= weight <= 1000:", "CatalogueTest"),
     ("data.py", "if image.width * image.height > MOST_PIXELS:", "if False:", "CatalogueTest"),
     ("data.py", "                temporary.unlink()\n", "                pass\n", "DataTest"),
     ("data.py", 'for left in folder.rglob(".*.tmp"):', "for left in ():", "TrainTest"),
-    ("evaluate.py", "            dist.all_reduce(flat)\n", "", "ProcessTest"),
+    ("evaluate.py", "                dist.all_reduce(count)\n", "                pass\n",
+     "ProcessTest"),
     ("evaluate.py", "share = samples[rank::world]", "share = samples[0::world]", "ProcessTest"),
     ("evaluate.py", "union = truth[:, None] + false_positive", "union = truth[:, None]",
      "MetricsTest"),
@@ -4378,7 +4503,8 @@ MUTATIONS = (             # file, what stands there once, what stands there inst
      "TrainTest"),
     ("train.py", 'results["all"]["miou"] > standing["best"]',
      'results["all"]["miou"] != standing["best"]', "TrainTest"),
-    ("train.py", "        dist.broadcast(flat, 0)\n", "", "ProcessTest"),
+    ("train.py", "            dist.broadcast(buffer, 0)\n", "            pass\n",
+     "ProcessTest"),
     ("train.py", "get_scale() < LEAST_SCALE", "get_scale() < 0", "FaultTest"),
     ("train.py", "normalizer=shared[0])", "normalizer=None)", "ProcessTest"))
 COVERED = {"convnext.py": "BackboneTest SwiftNetTest CatalogueTest",
@@ -4492,19 +4618,23 @@ class Result(unittest.TextTestResult):
 
 
 def main():
-    arguments = [word for word in sys.argv[1:] if word not in ("--slow", "--failfast")]
-    if "--mutations" in arguments:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--mutations", type=int, nargs="?", const=0)
-        parser.add_argument("--seed", type=int, default=0)
-        given = parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", help="Class or Class.test (default: all)")
+    parser.add_argument("--slow", action="store_true", help="run the long ones too")
+    parser.add_argument("--failfast", action="store_true", help="stop at the first failure")
+    parser.add_argument("--mutations", type=int, nargs="?", const=0, metavar="N",
+                        help="break chosen lines and N random operators instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random operators")
+    given = parser.parse_args()
+    if given.mutations is not None:
         mutations(given.mutations, given.seed)
     torch.set_num_threads(1)     # as fast for tests this small, and the same numbers on any machine
     loader, module = unittest.TestLoader(), sys.modules[__name__]
-    suite = (loader.loadTestsFromNames(arguments, module) if arguments
+    suite = (loader.loadTestsFromNames(given.tests, module) if given.tests
              else loader.loadTestsFromModule(module))
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2,
-                                     failfast="--failfast" in sys.argv).run(suite)
+                                     failfast=given.failfast).run(suite)
     failed = len(result.failures) + len(result.errors)
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     sys.exit(bool(failed))

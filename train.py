@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained
-from data import (DATASETS, IGNORE, MANIFEST, Progress, StepSampler, TrainSet, annotated,
+from data import (DATASETS, IGNORE, MANIFEST, Progress, step_keys, TrainSet, annotated,
                   class_counts, classes_of, clock, collate, draw_demo, flag, gather, gather_groups,
                   hold, ignore_sigterm, is_first, parse_flags, parse_spec, run_main, say,
                   whole_file, writing)
@@ -92,8 +92,8 @@ class Config:
     bn_momentum: float = flag(0.01, "weight of the newest batch in the running statistics")
     precision: str = flag("auto", "auto is bf16 where the GPU has it, else fp16; float32 on a CPU",
                           choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = flag(False, "torch.compile the network: faster on a GPU, after minutes at the "
-                         "first step")
+    compile: bool = flag(False, "torch.compile the network (torch 2.7 or newer): faster on a GPU, "
+                         "after minutes at the first step")
     checkpoint_blocks: bool = flag(False, "recompute ConvNeXt blocks in the backward pass: "
                                    "less memory")
     val_every: int = flag(1, "epochs between validations")
@@ -222,13 +222,10 @@ def choose_run(config):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if (folder / "last.pt").is_file():
             state = read_checkpoint(folder / "last.pt")
-            if state["step"] < state["total"]:
+            # A finished one where --once asks for no other, or where it died after its last step.
+            if (state["step"] < state["total"] or config.once
+                    or restarted and not changes(config, state)):
                 refuse_changes(config, state, folder)
-                return folder, state
-            # it died after its last step, or --once asks for no other: nothing is left to do
-            if config.once:
-                refuse_changes(config, state, folder)
-            if config.once or restarted and not changes(config, state):
                 return folder, state
         elif not (folder / "best.pt").is_file():
             return folder, None
@@ -426,11 +423,8 @@ def equalise_buffers(model):
     DDP copies them to all at the next training forward.
     """
     if dist.is_initialized():
-        buffers = list(model.buffers())
-        flat = torch.cat([buffer.double().flatten() for buffer in buffers])
-        dist.broadcast(flat, 0)
-        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-            buffer.copy_(values.view_as(buffer))
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -529,7 +523,7 @@ def make_batches(samples, weights, classes, config, steps_per_epoch, first, tota
         if world > 1:
             dist.barrier()
         counts = class_counts(samples, len(classes))       # read from the file that rank 0 wrote
-    sampler = StepSampler(weights, config.batch, steps_per_epoch, first, total, config.seed, rank,
+    sampler = step_keys(weights, config.batch, steps_per_epoch, first, total, config.seed, rank,
                           world, counts, config.uniform_classes)
     dataset = TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter)
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate,
@@ -588,6 +582,8 @@ def make_steps(config, classes, state, rank, world, device, total):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         try:
+            for group in state["optimizer"]["param_groups"]:      # of this device, not of that one
+                group["fused"] = device.type == "cuda"
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(state["scaler"])
@@ -619,6 +615,9 @@ def train(config, rank, world, device):
     total = config.steps or config.epochs * steps_per_epoch
     digest = data_digest(samples, weights, val_samples, config.pseudo)
     folder, state = choose_run(config)     # every process looks; none writes before all have looked
+    if len(set(gathered((str(folder), state and state["step"])))) > 1:
+        raise ValueError(f"the processes see different runs (here {folder}); --out must lie on a "
+                         "file system that all machines share")
     if state and state["step"] >= state["total"]:
         refuse_other_data(folder, state, digest, world, state["dtype"])
         return say(f"{folder}: finished before, nothing to do")
@@ -646,11 +645,11 @@ def train(config, rank, world, device):
 def data_digest(samples, weights, val_samples, pseudo):
     """A line that changes with the files that are trained and validated on, their order, and what
     the folders of pseudolabels hold."""
-    text = "\n".join([*(s.image for s in samples), *map(str, weights),
-                      *(s.image for s in val_samples),
-                      *((Path(parse_spec(spec)[0]) / MANIFEST).read_text() for spec in pseudo)])
-    return (f"{len(samples)} + {len(val_samples)} images "
-            f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}")
+    lines = [*(os.fsencode(s.image) for s in samples), *(str(w).encode() for w in weights),
+             *(os.fsencode(s.image) for s in val_samples),
+             *((Path(parse_spec(spec)[0]) / MANIFEST).read_bytes() for spec in pseudo)]
+    digest = hashlib.blake2b(b"\n".join(lines), digest_size=8).hexdigest()
+    return f"{len(samples)} + {len(val_samples)} images {digest}"
 
 
 def versions():
@@ -680,7 +679,7 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
     stopping, skipped = stop_on_sigterm(rank), Skipped(config.skip_bad, log)
     progress, note = Progress(steps.total, "step", standing["step"]), ""
     for step, (images, ids, errors) in enumerate(batches, standing["step"]):
-        skipped.count(errors, step)
+        skipped.count(errors, step + 1)
         steps(step, images, ids)
         standing["step"] = done = step + 1
         epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == steps.total
@@ -708,18 +707,21 @@ def loop(steps, batches, standing, steps_per_epoch, folder, log, val_samples, cl
 
 
 class Skipped:
-    """Counts unreadable files; raises the first error beyond `most`."""
+    """Counts unreadable files, each once; raises the first error beyond `most`."""
 
     def __init__(self, most, log):
-        self.most, self.log, self.number = most, log, 0
+        self.most, self.log, self.errors = most, log, set()
 
     def count(self, errors, step):
         for error in errors:
-            self.number += 1
-            if self.number > self.most:
-                raise ValueError(f"{error} ({self.number} unreadable files; --skip-bad {self.most})"
+            if error in self.errors:
+                continue
+            self.errors.add(error)
+            number = len(self.errors)
+            if number > self.most:
+                raise ValueError(f"{error} ({number} unreadable files; --skip-bad {self.most})"
                                  if self.most else error)
-            print(f"skipped, number {self.number} of at most {self.most}: {error}", flush=True)
+            print(f"skipped, number {number} of at most {self.most}: {error}", flush=True)
             self.log.write(step=step, skipped=error)
 
 
@@ -848,6 +850,9 @@ def benchmark(config, rank, world, device):
     """Print speed, memory and share of the matrix-product ceiling of one network on this machine:
     forward of one image of crop x (2 crop) and training step of batch_per_process crops, and where
     their time goes. Weights are random. Everything is timed in turns within one run, medians."""
+    if config.crop % (32 * 2 ** (config.levels - 1)):
+        raise ValueError(f"--benchmark takes a --crop that needs no padding, a multiple of "
+                         f"{32 * 2 ** (config.levels - 1)}; found {config.crop}")
     config = dataclasses.replace(config, batch=config.batch_per_process * world,
                                  pretrained="none", init="")
     batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
@@ -855,6 +860,7 @@ def benchmark(config, rank, world, device):
     model, dtype = steps.model, steps.dtype
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)     # as collate makes them
     areas = torch.randint(0, 19, (batch, crop // 64 + 1, crop // 64 + 1), dtype=torch.uint8,
                           generator=generator)        # a street has areas, not noise
     ids = areas.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
