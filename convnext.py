@@ -256,7 +256,7 @@ def load_pretrained(backbone, source):
 def rename(state, where):
     """The state dict under this module's names. Raises ValueError for a layout that is
     not known."""
-    state = {name.removeprefix("module.").removeprefix("convnext."): tensor       # DDP, Hugging Face
+    state = {name.removeprefix("module.").removeprefix("convnext."): tensor   # of DDP, Hugging Face
              for name, tensor in state.items()}
     for marker, rules, left_out in LAYOUTS.values():
         if not any(re.fullmatch(marker, name) for name in state):

@@ -58,6 +58,21 @@ CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign s
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
                   (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
                   (0, 128, 192))
+ADE20K_CLASSES = tuple(name.strip() for name in """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa,
+    shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp,
+    bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand,
+    sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table,
+    pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
+    book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
+    arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight,
+    booth, television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
+    bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+    swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball,
+    food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen,
+    blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen,
+    plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".split(","))
 MEAN_COLOUR = (124, 116, 104)      # ImageNet mean, rounded: the colour of padding
 
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
@@ -187,8 +202,7 @@ DATASETS = {
     "ade20k": Dataset(
         "ADEChallengeData2016", (Layout("images/{split}/*.jpg", "annotations/{split}/*.png"),),
         "ADE20K, 150 classes", {"train": "training", "val": "validation"}, (), ADE20K_TABLE,
-        tuple(f"class {i}" for i in range(150)), generated_palette(150), lambda stars: "all",
-        role="named"),
+        ADE20K_CLASSES, generated_palette(150), lambda stars: "all", role="named"),
     "custom": Dataset(
         "custom", (Layout("images/{split}/*.*", "labels/{split}/*.png"),),
         "your own: train ids, class names in classes.txt", classes=None, palette=None,

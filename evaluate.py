@@ -631,9 +631,10 @@ def budget_cell(r, i):
 
 def class_table(results, classes, title="IoU", cell=iou_cell):
     """Lines of the table class x condition, in percent, "-" where the class does not occur."""
-    lines = [f"{title:<15}" + "".join(f"{condition:>{len(cell(r, 0))}}"
-                                      for condition, r in results.items())]
-    return lines + [f"{name:<15}" + "".join(cell(r, i) for r in results.values())
+    width = max(15, 1 + max(map(len, classes)))
+    lines = [f"{title:<{width}}" + "".join(f"{condition:>{len(cell(r, 0))}}"
+                                           for condition, r in results.items())]
+    return lines + [f"{name:<{width}}" + "".join(cell(r, i) for r in results.values())
                     for i, name in enumerate(classes)]
 
 

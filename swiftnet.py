@@ -98,10 +98,10 @@ def resize(x, size):
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-# torch.compile would take interpolate apart. On a CPU it then gets gradients wrong (torch 2.13: most
-# weights of the network receive 0), on a GPU its backward pass is one of atomic additions, four
-# times slower than the stock one, which would get its gradient in an order that is slow as well
-# (README, "Speed"). As operators of our own both passes stay whole.
+# torch.compile would take interpolate apart. On a CPU it then gets gradients wrong (torch 2.13: of
+# most weights they are 0), on a GPU its backward pass is one of atomic additions, four times slower
+# than the stock one, which would get its gradient in an order that is slow as well (README,
+# "Speed"). As operators of our own both passes stay whole.
 @torch.library.custom_op("swiftnet::resize", mutates_args=())
 def compiled_resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """resize of (B, C, H, W) to (B, C, height, width), in channels-last memory."""
@@ -240,9 +240,9 @@ def forward_tiled(model, images, tile):
     """Logits of (B, 3, H, W), computed on overlapping tiles of `tile` pixels.
 
     Tiles start at multiples of 128, so their feature grids coincide with those of the whole image
-    (up to 3 levels); of each, the quarter at every inner edge is thrown away. What remains differs from the untiled
-    logits only as far as the network looks beyond that margin: exactly equal where the receptive
-    field ends inside the tile, close elsewhere.
+    (up to 3 levels); of each, the quarter at every inner edge is thrown away. What remains differs
+    from the untiled logits only as far as the network looks beyond that margin: exactly equal where
+    the receptive field ends inside the tile, close elsewhere.
     """
     if tile < 512 or tile % 512:
         raise ValueError(f"tile must be a multiple of 512 pixels, found {tile}")

@@ -1095,6 +1095,7 @@ class DataTest(Temporary):
 
     def test_tables(self):
         """Total and within range; the values that the documentation names one by one."""
+        self.assertEqual((len(set(data.ADE20K_CLASSES)), data.ADE20K_CLASSES[149]), (150, "flag"))
         sizes = {"cityscapes": 35, "vistas": 66, "wilddash": 81, "ade20k": 151, "camvid": 12,
                  "camvid_19": 12}
         for name, size in sizes.items():
@@ -3551,7 +3552,7 @@ BROKEN_MANIFESTS = {
                                  "line 2: .* must be paths below"),
     "a row cut short": (HEADER + "pool/0.png\n", "line 2: .* must be paths below"),
     "a row too long": (HEADER + "pool/0.png,0.png,p,1,1,1,9,extra\n", "line 2: .* must be path"),
-    "nothing selected": (HEADER + "pool/0.png,0.png,p,1,1,0,9\n", "no train images of pseudo"),
+    "nothing selected": (HEADER + "pool/0.png,0.png,p,1,1,0,9\n", "manifest.csv has no selected row"),
     "a label that is not there": (HEADER + "pool/0.png,no.png,p,1,1,1,9\n",
                                   "pseudo/no.png is missing"),
     "an image of no name": (HEADER + "\0,0.png,p,1,1,1,9\n", "cannot be used|cannot be read"),
