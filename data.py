@@ -665,9 +665,9 @@ class TrainSet(torch.utils.data.Dataset):
     """Augmented samples. A key is (epoch, position in the epoch, index of the sample, class to show
     or -1), so an item is a function of (seed, key) alone, whichever worker makes it.
 
-    Items are (image (H, W, 3) uint8, ids (H, W) uint8, error or None). A file that cannot be read
-    gives a blank crop and the message, for the training loop to raise or to count: an exception
-    inside a worker would come out wrapped in a traceback.
+    Items are (image (H, W, 3) uint8, ids (H, W) uint8, None or (path, error)). A file that cannot
+    be read gives a blank crop and the message, for the training loop to raise or to count: an
+    exception inside a worker would come out wrapped in a traceback.
     """
 
     def __init__(self, samples, classes, crop, zoom, seed, jitter=0.0):
@@ -682,7 +682,7 @@ class TrainSet(torch.utils.data.Dataset):
                            None if wanted < 0 else wanted, self.jitter)
             error = None
         except (ValueError, OSError) as problem:
-            item, error = blank(self.crop), str(problem)
+            item, error = blank(self.crop), (self.samples[index].image, str(problem))
         return *map(torch.from_numpy, item), error
 
 
@@ -713,7 +713,7 @@ def ignore_sigterm(worker):
 
 def collate(items):
     """Batch of TrainSet items: images (B, 3, H, W) in channels-last memory,
-    ids (B, H, W), [errors]."""
+    ids (B, H, W), [(path, error)]."""
     images, ids, errors = zip(*items)
     return torch.stack(images).permute(0, 3, 1, 2), torch.stack(ids), [
         e for e in errors if e is not None]
@@ -904,20 +904,26 @@ def run_main(main):
     """
     name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     memory = "Where memory ran out, lower --workers. The same command continues"
+    def unread(text=""):
+        """Whether nobody reads our output any more; the rest of it then goes nowhere."""
+        try:
+            print(text, end="", flush=True)
+            return False
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
     try:
         main()
+        unread()
     except (ConnectionError, EOFError) as error:     # a loader worker ended while it handed over
-        try:
-            print(flush=True)
-        except BrokenPipeError:                      # no: whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if unread("\n"):
             sys.exit(1)
         sys.exit(f"{name}: rank {rank} stops: a process that it read from ended ({error!r}), "
                  f"a DataLoader worker most likely. {memory}")
     except (ValueError, OSError) as error:
         if not is_first():
             time.sleep(2)
-        sys.stdout.flush()
+        unread()
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:
@@ -1788,7 +1794,9 @@ def contact_sheets(root, count, out):
         return np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=255)
     for name, row in DATASETS.items():
         for split in row.splits:
-            samples = [s for s in find_samples(root, name, split, strict=False) if s.label]
+            samples = []
+            with contextlib.suppress(ValueError, OSError):               # which check has named
+                samples = [s for s in find_samples(root, name, split, strict=False) if s.label]
             if not samples:
                 continue
             classes, palette = len(classes_of(root, name)), palette_of(classes_of(root, name))

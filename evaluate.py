@@ -21,7 +21,6 @@ ICML 2017.
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import math
@@ -922,9 +921,11 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
                       device, rank, world, **forward):
     """Write OUT/<folder>/<name> for every sample and folder; what is there already is skipped.
 
-    settings: plain dict of all that the files depend on, kept in OUT/settings.json: files of other
-    settings are not mixed, ValueError. forward: as in predictions.
+    settings: plain dict of all that the files depend on, kept in OUT/settings.json (but for the
+    paths of checkpoints, whose sums are in it): files of other settings are not mixed, ValueError.
+    forward: as in predictions.
     """
+    settings = {name: value for name, value in settings.items() if name != "checkpoints"}
     out, text = Path(out), json.dumps(settings, indent=1)
     note = out / "settings.json"
     if note.is_file() and (there := note.read_text(errors="replace")) != text:
@@ -951,10 +952,15 @@ def write_predictions(models, samples, names, out, folders, settings, palette, t
 def images_below(folder, out):
     """Paths of the PNG and JPEG images below a folder, links followed, sorted, without hidden ones
     and those below `out`."""
-    out, paths = Path(out).resolve(), glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)
-    return [path for path in sorted(map(Path, paths))
-            if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-            and out not in path.resolve().parents]
+    paths, seen = [], {os.path.realpath(out)}         # a folder comes up once, whatever links to it
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders[:] = names[:] = []
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(place, name) for name in names if not name.startswith(".")
+                  and name.lower().endswith((".png", ".jpg", ".jpeg"))]
+    return sorted(paths)
 
 
 def find_images(folder, out):
@@ -1381,14 +1387,15 @@ def predict_files(config, models, state, about, device, forward):
     """--images and --submit: write PNGs, and the zip of a submission."""
     classes, about["temperature"] = tuple(state["classes"]), config.temperature[0]
     if config.images:
-        out, folders, about["images"] = config.out, IMAGE_FOLDERS, config.images
+        out, folders, about["images"] = (config.out, IMAGE_FOLDERS,
+                                         str(Path(config.images).resolve()))
         samples, names = find_images(config.images, out)
     else:
         kind, path = config.submit
         root, out = config.data or state["config"]["data"], f"{path}.parts"
         samples, names = submission_samples(kind, root, config.split or "test")
         folders = SUBMISSIONS[kind][3]
-        about.update(kind=kind, theta=config.theta, data=root)
+        about.update(kind=kind, theta=config.theta, data=str(Path(root).resolve()))
         if classes != CLASSES:
             raise ValueError(f"{about['checkpoints'][0]} has {len(classes)} classes; --submit "
                              "needs the 19 of Cityscapes")

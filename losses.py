@@ -37,7 +37,7 @@ def boundary_weights(labels, bins=BINS, alphas=ALPHAS, ignore=IGNORE):
     pixels, 0 where labels == ignore. Ignored pixels count as another label, the image edge
     does not.
     """
-    if not bins or len(alphas) != len(bins) + 1 or any(edge != int(edge) for edge in bins):
+    if not bins or len(alphas) != len(bins) + 1 or any(edge % 1 for edge in bins):
         raise ValueError(f"expected bins in whole pixels and one alpha more, found {bins} and "
                          f"{alphas}")
     squared = squared_boundary_distance(labels, bins[-1])

@@ -67,7 +67,7 @@ class Config:
     min_kept: float = flag(0.2, "share of kept pixels below which an image is never chosen")
 
 
-CHOOSING = ("select", "rule", "min_kept")     # flags that do not change labels
+LABELLING = {"threshold", "class_share", "temperature", "scales", "flip", "tile", "precision"}
 
 
 # --- inference ----------------------------------------------------------------------------------
@@ -83,12 +83,9 @@ def pool_samples(root, pools, out):
             name, only, _ = parse_spec(pool)
             found = find_samples(root, name, "train", only, labelled=False)
         if not found:
-            raise ValueError(f"no images in pool {pool!r}; `python data.py --data {root}` lists "
-                             "what was looked for")
+            raise ValueError(f"no images in pool {pool!r} outside --out {out}; `python data.py "
+                             f"--data {root}` lists what was looked for")
         samples += found
-    if Path(out).resolve() == Path(root).resolve():
-        raise ValueError(f"--out {out} is the data root: labels would replace images; choose "
-                         "another folder")
     below, labels = {}, {}                           # path below the root -> sample; label -> image
     for sample in samples:
         name = os.path.relpath(sample.image, root)
@@ -317,10 +314,14 @@ def settings_of(config, count, classes, device):
 
 
 def stored_thresholds(out, settings):
-    """The class thresholds of the labels in a folder, None where it has no settings.json. Raises
-    ValueError where they were made with other settings."""
+    """The class thresholds of the labels in a folder, None where it is new. Raises ValueError where
+    they were made with other settings, or the folder holds other things."""
     path = Path(out) / SETTINGS
     if not path.is_file():
+        others = [item for item in Path(out).glob("[!.]*") if item != path]
+        if others:                                       # images, where labels might fall on them
+            raise ValueError(f"--out {out} holds other files, such as {others[0].name}; name a new "
+                             "folder")
         return None
     try:
         there = json.loads(path.read_text())
@@ -390,7 +391,7 @@ def main():
     given = parse_flags(Config, __doc__)
     config = Config(**given)
     check(config)
-    if not config.checkpoint and (late := given.keys() - {"out", "data", *CHOOSING}):
+    if not config.checkpoint and (late := given.keys() & LABELLING):
         raise ValueError(f"--{min(late).replace('_', '-')} is settled in a finished folder; "
                          "without --checkpoint only --select, --rule and --min-kept count")
     rows = make_labels(config) if config.checkpoint else load_rows(config.out)
@@ -398,13 +399,15 @@ def main():
         return
     if not rows.image:
         raise ValueError(f"{config.out}: no image could be labelled")
+    if config.checkpoint:
+        save_rows(config.out, rows)                      # all of them, whatever the choice comes to
     if config.select:
         quota = select(rows, config.select, config.rule, config.min_kept)
         if not sum(quota.values()):
             raise ValueError(f"{config.out}: no image has --min-kept {config.min_kept} of its "
                              "pixels kept; lower it, or label anew with --class-share 0.5 or a "
                              "lower --threshold")
-    save_rows(config.out, rows)
+        save_rows(config.out, rows)
     print(f"{config.out}: {len(rows.image)} labels, {100 * rows.kept.mean():.1f} % of the pixels "
           "kept")
     if config.select:

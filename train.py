@@ -710,14 +710,14 @@ class Skipped:
     """Counts unreadable files, each once; raises the first error beyond `most`."""
 
     def __init__(self, most, log):
-        self.most, self.log, self.errors = most, log, set()
+        self.most, self.log, self.paths = most, log, set()
 
     def count(self, errors, step):
-        for error in errors:
-            if error in self.errors:
+        for path, error in errors:
+            if path in self.paths:
                 continue
-            self.errors.add(error)
-            number = len(self.errors)
+            self.paths.add(path)
+            number = len(self.paths)
             if number > self.most:
                 raise ValueError(f"{error} ({number} unreadable files; --skip-bad {self.most})"
                                  if self.most else error)
