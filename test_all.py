@@ -1480,6 +1480,10 @@ class DataTest(Temporary):
                            for j in (0.0, 0.5))
         np.testing.assert_array_equal(plain[1], jittered[1])
         self.assertFalse(np.array_equal(plain[0], jittered[0]))
+        put(Path(sample.image), np.full((60, 80, 3), 100, np.uint8))       # only brightness shows
+        levels = [data.augment(sample, 3, np.random.default_rng(seed), 32, jitter=0.2)[0].mean()
+                  for seed in range(60)]
+        self.assertTrue(79 <= min(levels) < 85 and 115 < max(levels) <= 121, levels)
 
     def test_contact_sheets(self):
         Fixtures.acdc(self.folder)
