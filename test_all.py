@@ -498,13 +498,33 @@ class SpeedTest(unittest.TestCase):
             self.assertEqual(train.settle({"benchmark": True}).backbone, "convnext_large")
 
     def test_benchmark_prints_a_table(self):
-        output = io.StringIO()
+        output, config = io.StringIO(), train.settle({
+            "benchmark": True, "backbone": "convnext_atto", "levels": 1, "crop": 64,
+            "batch_per_process": 1})
         with contextlib.redirect_stdout(output):
-            train.benchmark(train.settle({"benchmark": True, "backbone": "convnext_atto",
-                                          "levels": 1, "crop": 64, "batch_per_process": 1}),
-                            0, 1, torch.device("cpu"))
-        self.assertRegex(output.getvalue(), r"ceiling: [\d.]+ TFLOP/s.*\n.*forward.* the ceiling")
-        self.assertRegex(output.getvalue(), r"training step, 1 x 64 x 64: .*images/s")
+            train.benchmark(config, 0, 1, torch.device("cpu"))
+        text = output.getvalue()
+        self.assertRegex(text, r"(?s)training step 1x64x64: [\d.]+ ms\n.* ladder [\d.]+ ms"
+                               r".*\nceiling: [\d.]+ TFLOP/s")
+        rows = re.findall(r"^(\w.*?) +[\d.]+ +[\d.]+-[\d.]+ +- +[\d.]+ +[\d.]+ +[\d.]+% +-$", text,
+                          re.M)
+        self.assertEqual(rows, ["forward 1x64x128", "training step 1x64x64",
+                                "training step 1x64x64, blocks recomputed"])
+
+    def test_benchmark_goes_on_after_a_variant_that_does_not_fit(self):
+        def time_variant(config, rank, world, device, rates):
+            rates["1 x 1 x 1"] = 1.0
+            yield "forward", [5.0], 1, 0.5, 4.0, 2.0
+            if not config.checkpoint_blocks:
+                raise torch.OutOfMemoryError
+        output = io.StringIO()
+        with (mock.patch.object(train, "time_variant", time_variant),
+              contextlib.redirect_stdout(output)):
+            train.benchmark(train.settle({"benchmark": True, "compile": True}), 0, 1,
+                            torch.device("cpu"))
+        rows = re.findall(r"^forward .* 50.0% +2.0 GiB$", output.getvalue(), re.M)
+        self.assertEqual(len(rows), 4)
+        self.assertIn("out of memory, compiled\n", output.getvalue())
 
 
 class LossTest(unittest.TestCase):

@@ -12,6 +12,7 @@ selective pseudolabeling", Vision for All Seasons, CVPR 2022.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -39,7 +40,7 @@ from data import (DATASETS, IGNORE, MANIFEST, Progress, step_keys, TrainSet, ann
 from evaluate import (autocast, count_conditions, end_processes, evaluate, gathered, half_type,
                       start_processes, summary_table)
 from losses import boundary_aware_focal_loss, boundary_weights
-from swiftnet import build, count_macs, read_checkpoint
+from swiftnet import SwiftNet, build, count_macs, read_checkpoint
 
 LR_END = 1e-7                 # lineage: the cosine ends here
 ADAM_BETAS = (0.9, 0.99)      # lineage
@@ -103,7 +104,7 @@ class Config:
     seed: int = flag(0, "seed of weights, sampling and augmentation")
     benchmark: bool = flag(False, "time the network on this machine, beside its matrix products; "
                            "--backbone, --levels, --width, --crop, --batch-per-process, "
-                           "--precision, --compile, --checkpoint-blocks count")
+                           "--precision count, --compile adds the compiled network")
 
 
 # What differs from the defaults above, which are the deck's.
@@ -806,6 +807,29 @@ def kinds_of_blocks(model, height, width, batch, device, dtype, training):
     return kinds
 
 
+class StoredFeatures(nn.Module):
+    """In a backbone's place: features that are there already, parameters for their gradients."""
+
+    def __init__(self, dims, levels, height, width, batch):
+        super().__init__()
+        self.dims, self.kept = dims, nn.ParameterDict()
+        for level in range(levels):
+            self.kept[str(height >> level)] = nn.ParameterList(
+                torch.randn(batch, dim, height >> i + 2 + level, width >> i + 2 + level)
+                .contiguous(memory_format=torch.channels_last) for i, dim in enumerate(dims))
+
+    def forward(self, x):
+        return self.kept[str(x.shape[2])]
+
+
+def ladder_alone(model, height, width, batch, device, dtype, training):
+    """A function that runs all of the network but its backbone, from images of float32 on."""
+    features = StoredFeatures(model.backbone.dims, model.levels, height, width, batch)
+    ladder = SwiftNet(features, model.num_classes, model.width, model.levels).to(device)
+    images = torch.zeros(batch, 3, height, width, device=device)
+    return runner(ladder.train(training), ladder.parameters(), images, device, dtype, training)
+
+
 def runner(module, weights, given, device, dtype, training):
     """A function that runs `module` on `given`: forward, and if `training` the gradients of `given`
     and of `weights`."""
@@ -821,7 +845,7 @@ def runner(module, weights, given, device, dtype, training):
     def run():
         with autocast(device, dtype):
             y = module(given)
-        torch.autograd.grad(y, wanted, y.detach())
+        torch.autograd.grad(y, wanted, y.detach(), allow_unused=True)
     return run
 
 
@@ -847,15 +871,53 @@ def kernel_times(function):
 
 
 def benchmark(config, rank, world, device):
-    """Print speed, memory and share of the matrix-product ceiling of one network on this machine:
-    forward of one image of crop x (2 crop) and training step of batch_per_process crops, and where
-    their time goes. Weights are random. Everything is timed in turns within one run, medians."""
+    """Print speed, memory and share of the matrix-product ceiling of one network on this machine,
+    and where the time goes: forward of one image of crop x (2 crop), training step of
+    batch_per_process crops; eager, with blocks recomputed, and with --compile both compiled.
+    Weights are random. The table comes last."""
     if config.crop % (32 * 2 ** (config.levels - 1)):
         raise ValueError(f"--benchmark takes a --crop that needs no padding, a multiple of "
                          f"{32 * 2 ** (config.levels - 1)}; found {config.crop}")
     config = dataclasses.replace(config, batch=config.batch_per_process * world,
                                  pretrained="none", init="")
+    rows, rates = [], {}
+    for compiled in (False, True)[:1 + config.compile]:
+        for recomputed in (False, True):
+            variant = dataclasses.replace(config, compile=compiled, checkpoint_blocks=recomputed)
+            try:
+                for row in time_variant(variant, rank, world, device, rates):
+                    rows.append(row)
+            except torch.OutOfMemoryError:
+                if world > 1:                                 # the others would wait for this one
+                    raise
+                say(f"out of memory{', compiled' * compiled}{', blocks recomputed' * recomputed}")
+            torch.compiler.reset()                            # frees what the variant held
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    best = max(rates, key=rates.get)
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads")
+    say(f"\n{name} x {world}, torch {torch.__version__}, "
+        f"{str(half_type(device, config.precision) or torch.float32)[6:]}, {config.backbone}\n"
+        f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
+        + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
+    width = max(len(title) for title, *_ in rows)
+    say(f"{'':<{width}} {'ms':>8} {'10-90 %':>15} {'GPU busy':>8} {'images/s':>8} {'TFLOP/s':>8} "
+        f"{'of ceiling':>10} {'memory':>9}")
+    for title, times, images, speed, busy, memory in rows:
+        total, low, high = np.percentile(times, [50, 10, 90])
+        say(f"{title:<{width}} {total:>8.1f} {f'{low:.1f}-{high:.1f}':>15} "
+            f"{f'{busy:.1f}' if busy else '-':>8} {1000 * images / total:>8.2f} {speed:>8.3f} "
+            f"{speed / rates[best]:>10.1%} {f'{memory:.1f} GiB' if memory else '-':>9}")
+
+
+def time_variant(config, rank, world, device, rates):
+    """Rows (title, milliseconds, images, TFLOP/s of a process, milliseconds that the GPU is busy,
+    GiB of peak memory) of forward and training step of one variant; the last two None on a CPU.
+    Times matrix products in turns with the network and keeps the best rate of each in `rates`."""
     batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     steps = make_steps(config, range(19), None, rank, world, device, 1000)
     model, dtype = steps.model, steps.dtype
     generator = torch.Generator().manual_seed(0)
@@ -879,48 +941,52 @@ def benchmark(config, rank, world, device):
 
     def step():
         steps(0, images, ids)
+    wholes = [("training step", step, 6, (batch, crop, crop))]
+    if not config.checkpoint_blocks:                                  # which no forward knows
+        wholes.insert(0, ("forward", forward, 2, (1, crop, 2 * crop)))
     peaks = {}
-    for function in (forward, step):
-        model.train(function is step)
-        function()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            function()
-            torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30
-            peaks[function] = f", peak memory {memory:.1f} GiB"
+    for _, whole, _, _ in wholes * on_gpu:
+        model.train(whole is step)
+        whole()
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        torch.cuda.synchronize()
+        peaks[whole] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
     logits = torch.randn(batch, 19, crop, crop, device=device)      # resize's are float32
     logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
     weights = steps.weigh(labels)
-    ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
     extra = {"boundary weights": lambda: steps.weigh(labels),
              "loss": lambda: torch.autograd.grad(
                  steps.criterion(logits, labels.long(), weights), logits),
              "input": lambda: (images.to(device).float() - model.mean) / model.std}
     with torch.device("meta"):
         plain = build(config.backbone, 19, config.width or None, config.levels)
-    rates, lines = {}, []
-    as_graph = " as a CUDA graph" * (on_gpu and config.compile)
-    for title, whole, factor, shape in (("forward" + as_graph, forward, 2, (1, crop, 2 * crop)),
-                                        ("training step", step, 6, (batch, crop, crop))):
+    for title, whole, factor, shape in wholes:
+        title += (f" {'x'.join(map(str, shape))}{', compiled' * config.compile}"
+                  f"{', a CUDA graph' * (on_gpu and config.compile and whole is forward)}"
+                  f"{', blocks recomputed' * config.checkpoint_blocks}")
         model.train(whole is step)
+        ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
         pieces = {"whole": whole, **{name: product for name, (product, _) in ceiling.items()},
                   **(extra if whole is step else {})}
-        # On a GPU the kernels tell where the time goes; compiled for a CPU, layers are no pieces.
-        kinds = {} if on_gpu or config.compile else kinds_of_blocks(
-            model, *shape[1:], shape[0], device, dtype, whole is step)
+        kinds, form = {}, (*shape[1:], shape[0], device, dtype, whole is step)
+        if not config.compile:                             # else no part runs as it does alone
+            pieces["ladder"] = ladder_alone(model, *form)
+            if not on_gpu and not config.checkpoint_blocks:    # a GPU's kernels tell more
+                kinds = kinds_of_blocks(model, *form)
         pieces |= {(kind, i): run for kind, runs in kinds.items()
                    for i, (run, _) in enumerate(runs)}
         times = milliseconds(pieces, device, 15 if on_gpu else 5)
         took = {name: float(np.median(values)) for name, values in times.items()}
         for name, (_, macs) in ceiling.items():
             rates[name] = max(rates.get(name, 0), 2e-9 * macs / took[name])
-        total, (low, high) = took["whole"], np.percentile(times["whole"], [10, 90])
-        parts = {name: took[name] for name in extra if name in took}
+        total, busy = took["whole"], None
+        parts = {name: took[name] for name in (*extra, "ladder") if name in took}
         if on_gpu:
             kernels = kernel_times(whole)
+            busy = sum(kernels.values())
             # with more processes, communication runs beside the rest
-            idle = {"idle": total - sum(kernels.values())} if world == 1 else {}
+            idle = {"idle": total - busy} if world == 1 else {}
             parts = {**kernels, **idle, **{f"of it {name}": time for name, time in parts.items()}}
         elif kinds:
             for kind, runs in kinds.items():
@@ -928,22 +994,10 @@ def benchmark(config, rank, world, device):
             parts["norm, elementwise"] = (parts.pop("blocks") - parts["depthwise"]
                                           - parts["pointwise"])
             parts["the rest"] = total - sum(parts.values())
+        shares = ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())
+        say(f"{title}: {total:.1f} ms" + f"\n  {shares}" * bool(parts))
         speed = 1e-9 * factor * shape[0] * count_macs(plain, *shape[1:]) / total
-        lines.append((speed, f"{title}, {' x '.join(map(str, shape))}: {total:.1f} ms (10-90 %: "
-                      f"{low:.1f}-{high:.1f}), {1000 * shape[0] * world / total:.2f} images/s"
-                      + peaks.get(whole, ""),
-                      ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())))
-    best = max(rates, key=rates.get)
-    name = (torch.cuda.get_device_name(device) if on_gpu
-            else f"CPU, {torch.get_num_threads()} threads")
-    say(f"{name} x {world}, torch {torch.__version__}, {str(dtype or torch.float32)[6:]}, "
-        f"{config.backbone}{', compiled' * config.compile}"
-        f"{', blocks recomputed' * config.checkpoint_blocks}\n"
-        f"ceiling: {rates[best]:.3f} TFLOP/s, the matrix product {best}; others: "
-        + ", ".join(f"{n} {rate:.3f}" for n, rate in rates.items() if n != best))
-    for speed, line, parts in lines:
-        say(f"{line}, {speed:.3f} TFLOP/s, {speed / rates[best]:.1%} of the ceiling"
-            + f"\n  {parts}" * bool(parts))
+        yield title, times["whole"], shape[0] * world, speed, busy, peaks.get(whole)
 
 
 def main():
