@@ -787,10 +787,9 @@ def products(model, height, width, batch, dtype, device):
 
 
 def kinds_of_blocks(model, height, width, batch, device, dtype, training):
-    """{kind: [(function, how often)]}: depthwise layers, pointwise layers and whole blocks of the
-    backbone, at the shapes of a pyramid of batch images. A function runs one of them, forward or
-    forward and backward."""
-    kinds = {"depthwise": [], "pointwise": [], "blocks": []}
+    """(kind, number, function, how often) of depthwise layers, pointwise layers and whole blocks
+    of the backbone, at the shapes of a pyramid of batch images. A function runs one of them,
+    forward or forward and backward."""
     for level in range(model.levels):
         for i, dim in enumerate(model.backbone.dims):
             size = (height // 2 ** (i + 2 + level), width // 2 ** (i + 2 + level))
@@ -802,9 +801,8 @@ def kinds_of_blocks(model, height, width, batch, device, dtype, training):
                                     [block.pwconv1, block.pwconv2], x.permute(0, 2, 3, 1))}
             for kind, (module, layers, given) in pieces.items():
                 weights = [weight for layer in layers for weight in layer.parameters()]
-                kinds[kind].append((runner(module, weights, given, device, dtype, training),
-                                    count))
-    return kinds
+                run = runner(module, weights, given, device, dtype, training)
+                yield kind, (level, i), run, count
 
 
 class StoredFeatures(nn.Module):
@@ -890,11 +888,15 @@ def benchmark(config, rank, world, device):
             except torch.OutOfMemoryError:
                 if world > 1:                                 # the others would wait for this one
                     raise
-                say(f"out of memory{', compiled' * compiled}{', blocks recomputed' * recomputed}")
+                say(f"out of memory: {'compiled' if compiled else 'eager'}"
+                    + ", blocks recomputed" * recomputed)
             torch.compiler.reset()                            # frees what the variant held
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    if not rows:
+        raise ValueError("the network does not fit into the GPU's memory; choose a smaller --crop, "
+                         "--batch-per-process or --backbone")
     best = max(rates, key=rates.get)
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads")
@@ -912,14 +914,9 @@ def benchmark(config, rank, world, device):
             f"{speed / rates[best]:>10.1%} {f'{memory:.1f} GiB' if memory else '-':>9}")
 
 
-def time_variant(config, rank, world, device, rates):
-    """Rows (title, milliseconds, images, TFLOP/s of a process, milliseconds that the GPU is busy,
-    GiB of peak memory) of forward and training step of one variant; the last two None on a CPU.
-    Times matrix products in turns with the network and keeps the best rate of each in `rates`."""
-    batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    steps = make_steps(config, range(19), None, rank, world, device, 1000)
-    model, dtype = steps.model, steps.dtype
+def benchmark_images(batch, crop, device):
+    """Random images and label ids of a training step, as the loader gives them, and a picture for
+    the forward, on the device."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)     # as collate makes them
@@ -927,10 +924,21 @@ def time_variant(config, rank, world, device, rates):
                           generator=generator)        # a street has areas, not noise
     ids = areas.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :crop, :crop].contiguous()
     picture = torch.randint(0, 256, (1, 3, crop, 2 * crop), dtype=torch.uint8, generator=generator)
-    picture, labels = picture.to(device), ids.to(device)
-    if on_gpu:                                                        # as the loader's
+    if device.type == "cuda":
         images, ids = images.pin_memory(), ids.pin_memory()
+    return images, ids, picture.to(device)
 
+
+def time_variant(config, rank, world, device, rates):
+    """Rows (title, milliseconds, images, TFLOP/s of a process, milliseconds that the GPU is busy,
+    GiB of peak memory) of forward and training step of one variant; the last two 0 on a CPU.
+    Times matrix products in turns with the network and keeps the best rate of each in `rates`."""
+    batch, crop, on_gpu = config.batch_per_process, config.crop, device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    steps = make_steps(config, range(19), None, rank, world, device, 1000)
+    model, dtype = steps.model, steps.dtype
+    images, ids, picture = benchmark_images(batch, crop, device)
+    labels = ids.to(device)
     network = model
     if config.compile:        # a CUDA graph, where there is a GPU: nothing waits for the host
         network = torch.compile(model, dynamic=False, mode="reduce-overhead")
@@ -969,35 +977,34 @@ def time_variant(config, rank, world, device, rates):
         ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
         pieces = {"whole": whole, **{name: product for name, (product, _) in ceiling.items()},
                   **(extra if whole is step else {})}
-        kinds, form = {}, (*shape[1:], shape[0], device, dtype, whole is step)
+        counts, form = {}, (*shape[1:], shape[0], device, dtype, whole is step)
         if not config.compile:                             # else no part runs as it does alone
             pieces["ladder"] = ladder_alone(model, *form)
             if not on_gpu and not config.checkpoint_blocks:    # a GPU's kernels tell more
-                kinds = kinds_of_blocks(model, *form)
-        pieces |= {(kind, i): run for kind, runs in kinds.items()
-                   for i, (run, _) in enumerate(runs)}
+                for kind, number, run, count in kinds_of_blocks(model, *form):
+                    pieces[kind, number], counts[kind, number] = run, count
         times = milliseconds(pieces, device, 15 if on_gpu else 5)
         took = {name: float(np.median(values)) for name, values in times.items()}
         for name, (_, macs) in ceiling.items():
             rates[name] = max(rates.get(name, 0), 2e-9 * macs / took[name])
-        total, busy = took["whole"], None
+        total, kernels = took["whole"], kernel_times(whole) if on_gpu else {}
+        busy = sum(kernels.values())
         parts = {name: took[name] for name in (*extra, "ladder") if name in took}
         if on_gpu:
-            kernels = kernel_times(whole)
-            busy = sum(kernels.values())
+            parts = {f"of it {name}": time for name, time in parts.items()}
             # with more processes, communication runs beside the rest
             idle = {"idle": total - busy} if world == 1 else {}
-            parts = {**kernels, **idle, **{f"of it {name}": time for name, time in parts.items()}}
-        elif kinds:
-            for kind, runs in kinds.items():
-                parts[kind] = sum(took[kind, i] * count for i, (_, count) in enumerate(runs))
+            parts = {**kernels, **idle, **parts}
+        if counts:
+            for (kind, number), count in counts.items():
+                parts[kind] = parts.get(kind, 0) + took[kind, number] * count
             parts["norm, elementwise"] = (parts.pop("blocks") - parts["depthwise"]
                                           - parts["pointwise"])
             parts["the rest"] = total - sum(parts.values())
         shares = ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())
         say(f"{title}: {total:.1f} ms" + f"\n  {shares}" * bool(parts))
         speed = 1e-9 * factor * shape[0] * count_macs(plain, *shape[1:]) / total
-        yield title, times["whole"], shape[0] * world, speed, busy, peaks.get(whole)
+        yield title, times["whole"], shape[0] * world, speed, busy, peaks.get(whole, 0)
 
 
 def main():
