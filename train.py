@@ -821,7 +821,8 @@ class StoredFeatures(nn.Module):
 
 
 def ladder_alone(model, height, width, batch, device, dtype, training):
-    """A function that runs all of the network but its backbone, from images of float32 on."""
+    """A function that runs all of the network but its backbone: normalising and shrinking the
+    images, projections, ladder, head."""
     features = StoredFeatures(model.backbone.dims, model.levels, height, width, batch)
     ladder = SwiftNet(features, model.num_classes, model.width, model.levels).to(device)
     images = torch.zeros(batch, 3, height, width, device=device)
@@ -914,6 +915,15 @@ def benchmark(config, rank, world, device):
             f"{speed / rates[best]:>10.1%} {f'{memory:.1f} GiB' if memory else '-':>9}")
 
 
+def peak_memory(function, before):
+    """GiB beyond `before` bytes that a second call of `function` needs on the GPU."""
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+
+
 def benchmark_images(batch, crop, device):
     """Random images and label ids of a training step, as the loader gives them, and a picture for
     the forward, on the device."""
@@ -950,23 +960,9 @@ def time_variant(config, rank, world, device, rates):
     def step():
         steps(0, images, ids)
     wholes = [("training step", step, 6, (batch, crop, crop))]
-    if not config.checkpoint_blocks:                                  # which no forward knows
+    if not config.checkpoint_blocks:              # without a backward pass nothing is recomputed
+        # the first, whose memory should be without optimizer state
         wholes.insert(0, ("forward", forward, 2, (1, crop, 2 * crop)))
-    peaks = {}
-    for _, whole, _, _ in wholes * on_gpu:
-        model.train(whole is step)
-        whole()
-        torch.cuda.reset_peak_memory_stats()
-        whole()
-        torch.cuda.synchronize()
-        peaks[whole] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-    logits = torch.randn(batch, 19, crop, crop, device=device)      # resize's are float32
-    logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
-    weights = steps.weigh(labels)
-    extra = {"boundary weights": lambda: steps.weigh(labels),
-             "loss": lambda: torch.autograd.grad(
-                 steps.criterion(logits, labels.long(), weights), logits),
-             "input": lambda: (images.to(device).float() - model.mean) / model.std}
     with torch.device("meta"):
         plain = build(config.backbone, 19, config.width or None, config.levels)
     for title, whole, factor, shape in wholes:
@@ -974,9 +970,18 @@ def time_variant(config, rank, world, device, rates):
                   f"{', a CUDA graph' * (on_gpu and config.compile and whole is forward)}"
                   f"{', blocks recomputed' * config.checkpoint_blocks}")
         model.train(whole is step)
+        memory, extra = peak_memory(whole, before) if on_gpu else 0, {}
+        if whole is step:
+            logits = torch.randn(batch, 19, crop, crop, device=device)      # resize's are float32
+            logits = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
+            weights = steps.weigh(labels)
+            extra = {"boundary weights": lambda: steps.weigh(labels),
+                     "loss": lambda: torch.autograd.grad(
+                         steps.criterion(logits, labels.long(), weights), logits),
+                     "input": lambda: (images.to(device).float() - model.mean) / model.std}
         ceiling = products(model, crop, crop, batch, dtype or torch.float32, device)
-        pieces = {"whole": whole, **{name: product for name, (product, _) in ceiling.items()},
-                  **(extra if whole is step else {})}
+        pieces = {"whole": whole, **extra,
+                  **{name: product for name, (product, _) in ceiling.items()}}
         counts, form = {}, (*shape[1:], shape[0], device, dtype, whole is step)
         if not config.compile:                             # else no part runs as it does alone
             pieces["ladder"] = ladder_alone(model, *form)
@@ -1004,7 +1009,8 @@ def time_variant(config, rank, world, device, rates):
         shares = ", ".join(f"{n} {t:.1f} ms ({t / total:.1%})" for n, t in parts.items())
         say(f"{title}: {total:.1f} ms" + f"\n  {shares}" * bool(parts))
         speed = 1e-9 * factor * shape[0] * count_macs(plain, *shape[1:]) / total
-        yield title, times["whole"], shape[0] * world, speed, busy, peaks.get(whole, 0)
+        yield title, times["whole"], shape[0] * world, speed, busy, memory
+        del pieces, ceiling                                # the step's memory is without them
 
 
 def main():
