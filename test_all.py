@@ -1593,8 +1593,8 @@ class TrainTest(ScriptCase):
         self.train(0, r"step 4/4 .*loss \d+\.\d+ .*images/s .*left", "--steps", 4)
         steps, epochs, rates, speeds = zip(*log_of(self.out, "step", "epoch", "lr",
                                                    "images_per_second"))
-        self.assertEqual((steps, epochs, min(speeds) > 0),
-                         ((1, 2, 3, 4), (0.333, 0.667, 1.0, 1.333), True))
+        self.assertEqual((steps, min(speeds) > 0), ((1, 2, 3, 4), True))
+        np.testing.assert_allclose(epochs, (1 / 3, 2 / 3, 1, 4 / 3))
         np.testing.assert_allclose(rates, (5e-5, 1e-4, 1.5e-4, 2e-4))
         self.assertEqual([step for step, _ in log_of(self.out, "step", "miou")], [0, 4])
         state = state_of(self.out / "last.pt")
