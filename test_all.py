@@ -1563,8 +1563,8 @@ class StepTest(Case):
                   "warmup": 0, "lr": 4e-4, "backbone_lr": 1e-4, "weight_decay": 1e-4, "levels": 3,
                   "backbone": "convnext_large", "pretrained": "in22k_1k_384", "layer_scale": 1e-6,
                   "bn_momentum": 0.01, "gamma": 0.5, "alphas": (8, 6, 4, 2, 1), "epochs": 50}
-        config = train.Config(**train.RECIPES["driving"])
-        self.assertEqual({name: getattr(config, name) for name in wanted}, wanted)
+        self.assertLessEqual(wanted.items(), vars(train.Config(**train.RECIPES["driving"])).items())
+        self.assertEqual(pseudolabel.Config().threshold, 0.99)
 
     def test_optimizer(self):
         config = train.Config(backbone="convnext_atto", pretrained="none")
