@@ -1158,8 +1158,8 @@ class SetsTest(Case):
         (folder / "settings.json").write_text(json.dumps({"classes": data.CLASSES}))
         with contextlib.chdir(self.folder):
             samples, weights, _ = data.gather(".", ("cityscapes", "pseudo/v1*3"), "train")
-            _, ids, _ = data.read_sample(samples[-1], 19)
-            self.assertEqual((weights.tolist(), {*ids.flat}), ([1, 1, 3], {0, 13, 255}))
+            found = samples[-1].dataset, {*data.read_sample(samples[-1], 19)[1].flat}
+            self.assertEqual((weights.tolist(), *found), ([1, 1, 3], "pseudo/v1", {0, 13, 255}))
             (folder / "settings.json").write_text(json.dumps({"classes": data.CAMVID_CLASSES}))
             for words, text, *names in (("--select", rows, "pseudo/v1:cadc"),
                                         ("different", rows, "cityscapes", "pseudo/v1"),
