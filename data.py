@@ -523,7 +523,7 @@ def parse_flags(config, about):
         if several:
             shown, more["nargs"] = " ".join(map(str, default)), more.get("nargs", "+")
         if isinstance(default, bool):
-            more["action"] = argparse.BooleanOptionalAction
+            more["action"] = "store_true"
         else:
             kind = type(default) if not several else type(default[0]) if default else str
             more = {"type": kind, "metavar": None if "choices" in more else kind.__name__, **more}

@@ -1449,7 +1449,7 @@ class ScriptCase(Case):
             process = start(start=True)
             self.addCleanup(process.kill)
             wait_for(lambda: [*folder.rglob(".*.tmp")] or process.poll() is not None)
-            time.sleep(0 if i % 2 else np.random.default_rng().uniform(0, 0.5))
+            time.sleep(np.random.default_rng().uniform(0, 0.5) if i % 2 else 0)
             process.kill()
             process.communicate(timeout=30)
 
@@ -1651,7 +1651,6 @@ class TrainTest(ScriptCase):
 
     def test_full_disk(self):
         save, arguments = torch.save, ("--steps", 4, "--save-every", 1)
-
         hidden = RuntimeError("unexpected pos")                # as torch hides it
         hidden.__context__ = OSError(28, "No space left on device")
 
@@ -1706,7 +1705,6 @@ class TrainTest(ScriptCase):
             self.assertEqual((start.call_args[0][0].recipe, draw.call_args[0]), ("demo", ("demo",)))
             Path("data").mkdir()
             self.ends(2, "cityscapes", train)
-            self.ends(2, "nowhere", train, "--data", "nowhere")
 
 
 class InterruptionTest(ScriptCase):
@@ -1734,6 +1732,7 @@ class InterruptionTest(ScriptCase):
             done = state_of(out / "last.pt")["step"]
             self.assertEqual((len(log_of(out, "loss")), done < steps), (done, True))
             self.kill(start, out)
+            self.assertTrue(SLOW or state_of(out / "last.pt")["step"] < steps)   # killed, all of it
             self.assertEqual(start()[0], 0)
             for name in ("last.pt", "best.pt"):
                 a, b = (state_of(path / name) for path in (calm, out))
