@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from losses import IGNORE
-from swiftnet import LARGEST_SHORT_SIDE, MEAN
+from losses import IGNORE, PADDING
+from swiftnet import LARGEST_SHORT_SIDE, PADDING_COLOUR
 
 # --- label spaces -------------------------------------------------------------------------------
 
@@ -103,9 +103,9 @@ class Dataset(NamedTuple):
     table: tuple | None = None
     classes: tuple = CLASSES         # (): one name per line in classes.txt of the folder
     palette: tuple = PALETTE
-    condition: Callable = lambda stars: "clear"     # from the stars of an image
+    condition: Callable = lambda stars: "all"       # weather, from the stars of an image
     skip: str = r"(?!)"              # images to leave out, by regular expression on the path
-    stride: int = 1                  # take every n-th image (consecutive video frames)
+    sparse: bool = False             # only some images have a label; the others are left out
     leaks_into: str = ""             # leave out images whose stem is in train or val of that set
 
 
@@ -133,7 +133,7 @@ DATASETS = {
     # annotated, the first five of them the default of train.py
     "cityscapes": Dataset("cityscapes", [Layout(
         "leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png")],
-        table=CITYSCAPES_TABLE),
+        table=CITYSCAPES_TABLE, condition=lambda stars: "clear"),
     "vistas": Dataset("vistas", [          # v1.2, also inside the v2.0 download
         Layout("{split}/images/*.jpg", "{split}/v1.2/labels/*.png"),
         Layout("{split}/images/*.jpg", "{split}/labels/*.png")], TRAINING, table=VISTAS_TABLE),
@@ -144,16 +144,20 @@ DATASETS = {
         Layout("images/*.jpg", "panoptic/*.png", segments="panoptic.json"),
         Layout("images/*.jpg", "labels/*.png")], {"train": ""}, (), WILDDASH_TABLE),
     "acdc": Dataset("acdc", ACDC, condition=lambda stars: stars[0]),
+    "acdc_ref": Dataset("acdc", [Layout(   # references of the extended release
+        layout.reference, layout.label.replace("{split}", "{split}_ref").replace("_gt", "_gt_ref"))
+        for layout in ACDC], condition=lambda stars: "clear", sparse=True),
     "cityscapes_coarse": Dataset("cityscapes", [Layout(
         "leftImg8bit/{split}/*/*_leftImg8bit.png", "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")],
-        {"train": "train_extra"}, (), CITYSCAPES_TABLE, skip="troisdorf_000000_000073"),
+        {"train": "train_extra"}, (), CITYSCAPES_TABLE, condition=lambda stars: "clear",
+        skip="troisdorf_000000_000073"),
     "camvid": CAMVID,
     "camvid_19": CAMVID._replace(table=CAMVID_TO_19, classes=CLASSES, palette=PALETTE),
     "ade20k": Dataset("ADEChallengeData2016", [Layout(
         "images/{split}/*.jpg", "annotations/{split}/*.png")], TRAINING, ("test",), ADE20K_TABLE,
-        ADE20K_CLASSES, (), lambda stars: "all"),
+        ADE20K_CLASSES, ()),
     "custom": Dataset("custom", [Layout("images/{split}/*.*", "labels/{split}/*.png")],
-                      classes=(), palette=(), condition=lambda stars: "all"),
+                      classes=(), palette=()),
     # pools of images for pseudolabel.py; labels where they have any are read by name only
     "dark_zurich": Dataset("dark_zurich", [Layout(
         "rgb_anon/{split}/*/*/*_rgb_anon.png", "gt/{split}/*/*/*_gt_labelTrainIds.png",
@@ -162,7 +166,7 @@ DATASETS = {
     "cadc": Dataset("cadc", [Layout("cadcd/*/*/labeled/image_00/data/*.png")], {"train": ""},
                     ("train",), condition=lambda stars: "snow"),
     "nightowls": Dataset("nightowls", [Layout("nightowls_{split}/*.png")], TRAINING,
-                         ("train", "val", "test"), condition=lambda stars: "night", stride=30),
+                         ("train", "val", "test"), condition=lambda stars: "night"),
     "nightcity": Dataset("nightcity", [
         Layout("NightCity-images/images/{split}/*.png",
                "NightCity-label/label/{split}/*_labelIds.png"),
@@ -175,17 +179,24 @@ DATASETS = {
 ANNOTATED = ("cityscapes", "vistas", "bdd100k", "wilddash", "acdc")
 
 
-def parse_name(name):
-    """"set:a,b*2" -> ("set", ("a", "b"), 2.0): a set or folder of pseudolabels, parts, weight."""
-    rest, _, weight = name.rpartition("*") if "*" in name else (name, "", "1")
-    rest, _, parts = rest.partition(":")
-    known = rest in DATASETS
-    require((known or (Path(rest) / "manifest.csv").is_file(), f"{rest!r} holds no manifest.csv of "
-             f"pseudolabels, and is none of the sets {', '.join(DATASETS)}"),
-            (known or not parts, f"{name}: to take part of a folder use pseudolabel.py --select"),
+def parse_name(name, mark="manifest.csv"):
+    """"set@val:a,b*2" -> ("set", "val", ("a", "b"), 2.0): set, split ("": that of the flag), parts,
+    weight. A folder that holds `mark` can stand for the set, without split and parts."""
+    def is_folder(text):
+        return text not in DATASETS and (Path(text) / mark).exists()
+    starred = "*" in name and not is_folder(name)
+    rest, _, weight = name.rpartition("*") if starred else (name, "", "1")
+    dataset, split, parts = rest, "", ""
+    if not is_folder(rest):
+        rest, _, parts = rest.partition(":")
+        dataset, _, split = rest.partition("@")
+    require((not (split or parts) or not is_folder(dataset),
+             f"{name}: to take part of a folder use pseudolabel.py --select"),
+            (dataset in DATASETS or is_folder(dataset), f"{dataset!r} is none of the sets "
+             f"{', '.join(DATASETS)}, and no folder with {mark or 'images'}"),
             (re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and 0 < float(weight) <= 1000,
              f"{name}: a weight is above 0 and at most 1000"))
-    return rest, tuple(filter(None, parts.split(","))), float(weight)
+    return dataset, split, tuple(filter(None, parts.split(","))), float(weight)
 
 
 def match(folder, pattern):
@@ -212,10 +223,12 @@ def scan(root, dataset, split):
 
 
 def find_samples(root, name, split, labelled=True):
-    """Samples of a name (see parse_name), sorted by path; without labels if not `labelled`. A part
-    is a condition, a folder, or the file name's beginning up to "_" (ACDC: conditions, sequences;
-    Cityscapes: cities; CamVid: drives). ValueError where images or labels lack."""
-    dataset, parts, _ = parse_name(name)
+    """Samples of a name (see parse_name), sorted by path; without labels if not `labelled`. `split`
+    is for names without one. A part is a condition, a folder, or the file name's beginning up to
+    "_" (ACDC: conditions, sequences; Cityscapes: cities; CamVid: drives). ValueError where images
+    or labels lack."""
+    dataset, own_split, parts, _ = parse_name(name)
+    split = own_split or split
     if dataset not in DATASETS:
         return pseudo_samples(root, dataset)
     row, folder = DATASETS[dataset], Path(root) / DATASETS[dataset].folder
@@ -237,15 +250,19 @@ def find_samples(root, name, split, labelled=True):
         if labelled and (not label or panoptic and Path(label).name not in segments
                          or invalid and stars not in invalid):
             bare.append(image)
+            continue
         samples.append(Sample(image, label, invalid.get(stars, "") if label else "",
                               references.get(stars, ""), dataset, row.condition(stars),
                               segments.get(Path(label).name, ())))
     image, label = (folder / pattern.format(split=row.splits[split]) for pattern in layout[:2])
-    require((samples or images and unmatched, f"no {split} images of {dataset} at {image}; put the "
-             "set there, or name another --data"),
+    require((samples or bare or images and unmatched, f"no {split} images of {dataset} at {image}; "
+             "put the set there, or name another --data"),
             (not unmatched, f"{dataset} {split} has nothing of {', '.join(sorted(unmatched))}"),
-            (not bare, f"{len(bare)} images lack {label}, or what belongs to it, first {bare[:1]}"))
-    return samples[::row.stride]
+            (not bare or row.sparse and samples,
+             f"{len(bare)} images lack {label}, or what belongs to it, first {bare[:1]}"))
+    if bare:
+        say(f"{dataset} {split}: {len(bare)} without a label left out")
+    return samples
 
 
 def pseudo_samples(root, folder):
@@ -271,7 +288,8 @@ def classes_of(root, name):
     path = Path(root) / DATASETS[dataset].folder / "classes.txt"
     classes = DATASETS[dataset].classes or tuple(
         line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
-    require((2 <= len({*classes}) == len(classes) <= 255, f"{path}: not 2 to 255 different names"))
+    require((2 <= len({*classes}) == len(classes) <= PADDING,
+             f"{path}: not 2 to {PADDING} different names"))
     return classes
 
 
@@ -283,7 +301,7 @@ def gather(root, names, split, labelled=True):
     twice = [image for image, n in Counter(s.image for s in samples).items() if n > 1]
     require((len(spaces) == 1, f"{' and '.join(spaces.values())} have different classes"),
             (not twice, f"{twice[:1]} is named twice by {names}; a weight is NAME*WEIGHT"))
-    weights = [parse_name(name)[2] for name, group in zip(names, groups) for _ in group]
+    weights = [parse_name(name)[3] for name, group in zip(names, groups) for _ in group]
     return samples, np.array(weights), next(iter(spaces))
 
 
@@ -356,12 +374,12 @@ def read_sample(sample, classes):
 
 # --- augmentation and sampling ------------------------------------------------------------------
 
-MEAN_COLOUR = tuple(map(round, MEAN))      # of padding
+CARRIED = 100      # pixels from which an image is said to carry a class
 
 
 def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=-1, jitter=0.0):
     """Random zoom, crop and flip of one sample (deck, appendix): image (crop, crop, 3) uint8 and
-    train ids (crop, crop) uint8, padded right and below with the mean colour and IGNORE, then
+    train ids (crop, crop) uint8, padded right and below with PADDING_COLOUR and PADDING, then
     flipped. Only the crop is interpolated: resize(box=...) equals resizing everything and cropping.
     wanted: a train id that the crop shall show, if the image does. jitter: brightness, contrast,
     saturation are scaled by 1 - jitter .. 1 + jitter. All randomness is `rng`'s."""
@@ -381,7 +399,7 @@ def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=-1, jitter=0.0):
                       for place, part, whole in zip(centre, size, scaled)]
     image = read_image(sample.image, factor, label.size)
 
-    def cut(source, filter, padding):                      # the crop, from a source of any size
+    def cut(source, filter):                               # the crop, from a source of any size
         reduced = -(-width // source.size[0])              # 1, 2, 4, 8: by the JPEG decoder
         x, y = width / reduced / scaled[0], height / reduced / scaled[1]
         part = source.resize(size, filter, (corner[0] * x, corner[1] * y,
@@ -389,12 +407,13 @@ def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=-1, jitter=0.0):
         if jitter and part.mode == "RGB":
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 part = enhance(part).enhance(rng.uniform(1 - jitter, 1 + jitter))
-        whole = Image.new(part.mode, (crop, crop), padding)
-        whole.paste(part)
-        return np.asarray(whole)[:, ::-1] if flip else np.asarray(whole)
-    pixels = cut(image, Image.Resampling.BILINEAR, MEAN_COLOUR)
-    values = cut(label, Image.Resampling.NEAREST, IGNORE)
-    return pixels.copy(), to_train_ids(values, sample, classes)
+        return np.asarray(part)
+    pixels = np.full((crop, crop, 3), PADDING_COLOUR, np.uint8)
+    ids = np.full((crop, crop), PADDING, np.uint8)
+    pixels[:size[1], :size[0]] = cut(image, Image.Resampling.BILINEAR)
+    values = cut(label, Image.Resampling.NEAREST)
+    ids[:size[1], :size[0]] = to_train_ids(values, sample, classes)
+    return (pixels[:, ::-1].copy(), ids[:, ::-1].copy()) if flip else (pixels, ids)
 
 
 class TrainSet(torch.utils.data.Dataset):
@@ -437,7 +456,7 @@ def epoch_keys(weights, length, seed, epoch, counts=None, uniform=0.0):
     """The `length` keys of TrainSet for one epoch. weights: (N,). counts: (N, C) pixels by class.
     Every sample comes as often as its weight says (the fraction is the chance of one more turn),
     shuffled, cut or repeated to the length. Then a share `uniform` is replaced so that classes come
-    up evenly; of the images that show a class, each as often as its weight says."""
+    up evenly; of the images that carry a class, each as often as its weight says."""
     rng = np.random.default_rng((seed, epoch, 2 ** 31))        # a position that no sample has
     turns = np.floor(weights).astype(int) + (rng.random(len(weights)) < weights % 1)
     indices = np.repeat(np.arange(len(weights)), np.maximum(turns, turns.sum() == 0))
@@ -445,8 +464,9 @@ def epoch_keys(weights, length, seed, epoch, counts=None, uniform=0.0):
     order, wanted = order[:length], np.full(length, -1)
     if uniform:
         rng = np.random.default_rng((seed, epoch, 2 ** 31 + 1))
-        ends = {c: np.cumsum(weights * (counts[:, c] > 0)) for c in range(counts.shape[1])
-                if counts[:, c].any()}     # class -> running sum of the weights of its images
+        carries = counts >= CARRIED
+        ends = {c: np.cumsum(weights * carries[:, c])      # running sum of its images' weights
+                for c in np.flatnonzero(carries.any(0)).tolist()}
         chosen = np.flatnonzero(rng.random(length) < uniform)
         targets = np.resize(rng.permutation(list(ends)), len(chosen))         # as many of each
         for position, c in zip(chosen, rng.permutation(targets)):
@@ -475,7 +495,8 @@ def count_classes(samples, classes, workers):
     for index, *found in progress(loader, len(samples), "labels counted"):
         if len(found) > 1:
             counts[index] = torch.bincount(found[1].flatten(), minlength=256)[:classes]
-    require((counts.any(), f"no labelled pixel in {len(samples)} labels, first {samples[0].label}"))
+    require(((counts >= CARRIED).any(), f"no class has {CARRIED} pixels in one of {len(samples)} "
+             f"labels, first {samples[0].label}"))
     return counts
 
 
@@ -917,7 +938,7 @@ def check_split(root, name, split, config):
     """Print the line of one split. Returns the problems found in it, None where it is not there."""
     try:
         images, labels, *_ = scan(root, name, split)[1]
-        if not images:
+        if not images or DATASETS[name].sparse and not labels:
             return None
         needed = labels or name not in ("dark_zurich", "nightcity")       # of the pools
         labelled = bool(needed and split not in DATASETS[name].unlabelled)

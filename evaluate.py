@@ -252,8 +252,9 @@ def fit_temperature(models, samples, **how):
     """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20], 4 digits."""
     kept, limit = [], max(1, min(4096, 2 ** 20 // max(len(samples), 1)))         # pixels an image
     for index, logits, ids, _ in predictions(models, samples, **how):
-        at = (ids.flatten() != IGNORE).nonzero()[:, 0]
-        at = at[::max(1, -(-len(at) // limit))]
+        at = np.flatnonzero(ids != IGNORE)                       # at random: a grid may be a column
+        at = torch.from_numpy(np.random.default_rng(index).choice(
+            at, min(limit, len(at)), replace=False))
         kept.append((index, logits.flatten(1).cpu()[:, at].double(), ids.flatten()[at].long()))
     kept = sorted(sum(gathered(kept), []), key=lambda part: part[0])
     require((any(len(truth) for *_, truth in kept), "--temperature fit found no labelled pixel"))
@@ -426,10 +427,12 @@ def sheet(sample, classes, prediction, q, temperature, width=600):
 # --- predictions as files, and submissions ------------------------------------------------------
 
 # Kind of submission: set, images and size of its test split, folders of the zip.
+UNCERTAINTY = ["labelTrainIds", "confidence", "labelTrainIds_invalid"]
 SUBMISSIONS = {
     "acdc": ("acdc", 2000, (1920, 1080), ["labelTrainIds"]),
-    "cityscapes": ("cityscapes", 1525, (2048, 1024), ["labelIds"]), "darkzurich": (
-        "dark_zurich", 151, (1920, 1080), ["labelTrainIds", "confidence", "labelTrainIds_invalid"])}
+    "acdc-uncertainty": ("acdc", 2000, (1920, 1080), UNCERTAINTY),
+    "cityscapes": ("cityscapes", 1525, (2048, 1024), ["labelIds"]),
+    "darkzurich": ("dark_zurich", 151, (1920, 1080), UNCERTAINTY)}
 LABEL_IDS = np.array([CITYSCAPES_TABLE.index(i) for i in range(len(CLASSES))], np.uint8)
 
 
@@ -506,7 +509,7 @@ class Config:
     """The flags of evaluate.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (default: the newest run)")
     data: str = flag("", "data root (default: that of the checkpoint)")
-    val: tuple = flag((), "sets, NAME or NAME:PART,PART (default: those of the checkpoint)")
+    val: tuple = flag((), "sets, NAME@SPLIT:PART,PART or less of it (default: of the checkpoint)")
     split: str = flag("", "split to evaluate (default: val, or test for --submit)")
     temperature: tuple = flag(
         (1.0,), "softmax temperatures (files take the first); fit: the likeliest on half of the "
@@ -514,7 +517,7 @@ class Config:
     thresholds: int = flag(0, f"points of [1/C, 1] (default: middles of {CELLS} cells)", least=2)
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
-    tile: int = flag(0, "side of tiles, a multiple of 512 (default: whole images)")
+    tile: int = flag(0, "side of tiles, a multiple of 1024 (default: whole images)")
     precision: str = flag("auto", "auto is half on a GPU, fp32 on a CPU", choices=PRECISIONS)
     workers: int = flag(2, "loader processes per process")
     json: str = flag("", "file for every number: per class, condition, temperature")

@@ -1,8 +1,7 @@
 """Selective pseudolabels: predictions on unlabelled pools, thresholded, chosen, written as labels.
 
-    torchrun --nproc_per_node=8 pseudolabel.py \\
-        --pools dark_zurich cadc nightowls nightcity stf bdd100k_100k \\
-        --checkpoint runs/driving/best.pt --out pseudo/v1 --select 60000
+    torchrun --nproc_per_node=8 pseudolabel.py --checkpoint runs/driving/best.pt --flip \\
+        --pools dark_zurich "nightowls*0.1" nightcity nightcity@val --out pseudo/v1 --select 5000
     python pseudolabel.py --out pseudo/v1 --select 30000 --rule easiest      choose anew, in seconds
     torchrun --nproc_per_node=8 train.py --pseudo pseudo/v1                  train on them too
 
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (DATASETS, IGNORE, PRECISIONS, flag, gather, gathered, is_first,
-                  lock_folder, parse_flags, require, run_main, save_png, say, start_processes,
-                  whole_file)
+from data import (CARRIED, DATASETS, IGNORE, PRECISIONS, flag, gather, gathered, is_first,
+                  lock_folder, parse_flags, parse_name, require, run_main, save_png, say,
+                  start_processes, whole_file)
 from evaluate import (confidence, count, images_below, keep_settings, load_ensemble, predictions,
                       top_class)
 
 CELLS, SAMPLE = 4096, 200      # of the histograms behind --class-share; images they are taken from
+LOWEST, FEWEST = 0.5, 1000     # threshold it may give, and pixels that a class must have for it
 COLUMNS = ["image", "label", "pool", "kept", "confidence", "selected"]     # then pixels per class
 
 
@@ -32,15 +32,15 @@ COLUMNS = ["image", "label", "pool", "kept", "confidence", "selected"]     # the
 class Config:
     """The flags of pseudolabel.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (none: only --select)")
-    pools: tuple = flag((), "pool sets, NAME or NAME:PART,PART, or folders of images below --data")
-    data: str = flag("data", "data root")
+    pools: tuple = flag((), "pools, NAME@SPLIT:PART,PART*SHARE or less of it; NAME may be a folder")
+    data: str = flag("data", "data root, above all pools")
     out: str = flag("pseudo/v1", "output folder")
     threshold: float = flag(0.99, "confidence that a pixel needs to keep its label")
     class_share: float = flag(0.0, "share of a class's pixels kept at least, by a lower threshold")
     temperature: float = flag(1.0, "softmax temperature")
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
-    tile: int = flag(0, "side of tiles, a multiple of 512 (default: whole images)")
+    tile: int = flag(0, "side of tiles, a multiple of 1024 (default: whole images)")
     precision: str = flag("auto", "auto is half on a GPU, fp32 on a CPU", choices=PRECISIONS)
     workers: int = flag(2, "loader processes per process")
     select: int = flag(0, "images to choose from the manifest (default: all)", least=0)
@@ -52,15 +52,18 @@ LABELLING = ("threshold", "class_share", "temperature", "scales", "flip", "tile"
 
 
 def pool_samples(config, classes):
-    """{label below --out: sample} of all pools, each image once, by name."""
+    """{label below --out: sample} of all pools, thinned evenly, each image once, by name."""
     samples = {}
     for pool in config.pools:
-        if Path(pool).is_dir() and pool not in DATASETS:
-            found = images_below(pool, config.out)
-        else:
+        name, _, _, share = parse_name(pool, mark="")
+        require((share <= 1, f"{pool}: the weight of a pool is the share of it, at most 1"))
+        if name in DATASETS:
             found, _, known = gather(config.data, [pool], "train", labelled=False)
             require((known == classes, f"{pool}: not the checkpoint's classes; name the folder"))
-        for sample in found:
+        else:
+            found = images_below(name, config.out)
+        places = (np.arange(len(found)) / share).astype(int)       # 0.1: every tenth image
+        for sample in (found[i] for i in places if i < len(found)):
             name = os.path.relpath(sample.image, config.data)
             other = samples.setdefault(str(Path(name).with_suffix(".png")), sample).image
             require((not name.startswith(os.pardir), f"{sample.image} is not below {config.data}"),
@@ -69,8 +72,9 @@ def pool_samples(config, classes):
 
 
 def class_thresholds(models, samples, config, how):
-    """(C,) thresholds: --threshold, or lower where a class would keep less than --class-share of
-    its pixels, read from histograms over SAMPLE images spread evenly over the pools."""
+    """(C,) thresholds: --threshold, or lower, but not below LOWEST, where a class would keep less
+    than --class-share of its pixels. They are read from histograms over SAMPLE images spread evenly
+    over the pools, for classes with FEWEST pixels there."""
     classes, device = models[0].num_classes, models[0].mean.device
     thresholds = torch.full((classes,), config.threshold)
     if not config.class_share:
@@ -84,9 +88,10 @@ def class_thresholds(models, samples, config, how):
     histogram = sum(gathered(histogram.cpu()))
     pixels = histogram.sum(1, keepdim=True)
     above = histogram.flip(1).cumsum(1).flip(1).double() / pixels.clamp(min=1)
-    # the highest cell edge above which the wanted share lies, for classes that occur
-    edge = (above >= config.class_share).sum(1).sub(1).clamp(min=0).double() / CELLS
-    return torch.where(pixels[:, 0] > 0, torch.minimum(thresholds, edge.float()), thresholds)
+    # the highest cell edge above which the wanted share lies
+    edge = (above >= config.class_share).sum(1).sub(1).double() / CELLS
+    lower = torch.minimum(thresholds, edge.clamp(min=LOWEST).float())
+    return torch.where(pixels[:, 0] >= FEWEST, lower, thresholds)
 
 
 def write_labels(models, samples, thresholds, config, how):
@@ -176,11 +181,11 @@ def select(rows, budget, rule, min_kept):
     """Set the column "selected" of the manifest's rows: `budget` images, shared over the pools in
     proportion to what is eligible, by score within a pool. Returns {pool: images chosen}.
 
-    rare: for every class an image carries it scores 1 / (images that carry the class): it is taken
-    for what is hard to find elsewhere, not for what is easy (road and sky), which the network
-    knows. easiest: the kept share. Ties fall to the image's name."""
+    rare: for every class an image carries, with CARRIED pixels or more, it scores 1 / (images that
+    carry the class): it is taken for what is hard to find elsewhere, not for what is easy (road and
+    sky), which the network knows. easiest: the kept share. Ties fall to the image's name."""
     kept = np.array([float(row[3]) for row in rows])
-    carries = np.array([row[len(COLUMNS):] for row in rows], np.int64) > 0
+    carries = np.array([row[len(COLUMNS):] for row in rows], np.int64) >= CARRIED
     score = kept if rule == "easiest" else (carries / np.maximum(carries.sum(0), 1)).sum(1)
     eligible = [i for i in np.argsort(-score, kind="stable") if kept[i] >= min_kept]   # best first
     members = {pool: [] for pool in sorted({row[2] for row in rows})}

@@ -20,7 +20,8 @@ from convnext import SIZES, convnext, read_tensors
 
 MEAN = (123.675, 116.28, 103.53)       # ImageNet, in grey levels of 0..255
 STD = (58.395, 57.12, 57.375)
-LARGEST_SHORT_SIDE = 1080              # larger photos are brought to this for training
+PADDING_COLOUR = (124, 116, 104)       # MEAN as a crop can hold it: what lies beyond an image
+LARGEST_SHORT_SIDE = 1080              # larger photos are brought to this, to train and to predict
 LADDER = {"convnext_large": 320, "convnext_xlarge": 320,            # width; 128 for smaller sizes
           **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), 256)}
 
@@ -51,14 +52,16 @@ class SwiftNet(nn.Module):
         self.head = bn_relu_conv(width, num_classes, 1, bias=True)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        padding = torch.tensor(PADDING_COLOUR).float().view(3, 1, 1)
+        self.register_buffer("padding", padding, persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         """images: (B, 3, H, W) uint8, or float in 0..255; any H, W. Returns logits (B, C, H, W)."""
         height, width = images.shape[-2:]
-        x = (images.float() - self.mean) / self.std
         coarsest = 32 * 2 ** (self.levels - 1)                     # stride of the coarsest feature
-        x = F.pad(x, (0, -width % coarsest, 0, -height % coarsest))    # 0 is the mean colour here
+        x = F.pad(images - self.padding, (0, -width % coarsest, 0, -height % coarsest))
+        x = (x + self.padding - self.mean) / self.std              # padded with that colour
         padded = x.shape[-2:]
         x = x.contiguous(memory_format=torch.channels_last)        # LayerNorm and Linear need it
 
@@ -111,15 +114,17 @@ def load_checkpoint(path, device="cpu"):
 def predict(models, image, scales=(1.0,), flip=False, tile=None):
     """Logits of one image, averaged over models, scales and the mirrored image.
 
-    models: one model or several with the same classes, in eval mode. image: (3, H, W) uint8.
-    tile: side of overlapping tiles, for images that do not fit at once (see forward_tiled).
-    Returns (C, H, W) float32 on the models' device."""
+    models: one model or several with the same classes, in eval mode. image: (3, H, W) uint8. Its
+    short side is brought to LARGEST_SHORT_SIDE where it is larger, as in training; `scales` count
+    from there. tile: side of overlapping tiles, for images that do not fit at once (see
+    forward_tiled). Returns (C, H, W) float32 on the models' device."""
     if not all(0 < scale <= 16 for scale in scales):
         raise ValueError(f"--scales must lie in (0, 16], found {scales}")
     models = [models] if isinstance(models, nn.Module) else models
     image = image.to(models[0].mean.device)[None]
     size, total = image.shape[-2:], 0
     for scale in scales:
+        scale = scale * min(1, LARGEST_SHORT_SIDE / min(size))
         scaled = image if scale == 1 else F.interpolate(
             image.float(), size=[max(1, round(side * scale)) for side in size], mode="bilinear",
             align_corners=False, antialias=scale < 1)
@@ -134,11 +139,15 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
 def forward_tiled(model, images, tile=None):
     """Logits of (B, 3, H, W), computed on tiles of `tile` pixels that overlap by half. Of each the
     quarter at every inner edge is dropped (the near one cut, the far one overwritten by the next
-    tile): exact if the receptive field ends within it."""
-    if tile and (tile < 0 or tile % 512):
-        raise ValueError(f"--tile must be a multiple of 512 pixels, found {tile}")
+    tile): exact if the receptive field ends within it. With three levels that takes tiles of
+    1024."""
     height, width = images.shape[-2:]
-    if not tile or tile >= max(height, width):
+    if not tile:
+        return model(images)
+    least = 1024 if model.levels > 2 else 512
+    if tile < 0 or tile % least:
+        raise ValueError(f"--tile must be a multiple of {least} pixels, found {tile}")
+    if tile >= max(height, width):
         return model(images)
     logits = images.new_empty(len(images), model.num_classes, height, width, dtype=torch.float32)
     for top in range(0, max(1, height - tile // 2), tile // 2):

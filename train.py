@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py                    the deck's recipe on the sets in data/
     torchrun --nproc_per_node=2 train.py --recipe demo      generated streets, minutes on two cores
     torchrun --nproc_per_node=2 train.py --recipe camvid    CamVid from scratch
-    python train.py --batch-per-process 1 --checkpoint-blocks       one GPU, the same global batch
+    python train.py --checkpoint-blocks                     one GPU, the same global batch
 
 A run writes last.pt, best.pt and log.jsonl into runs/<recipe>; the same command continues an
 unfinished one. "the deck": Grcic, "Large-scale semantic segmentation through multi-resolution
@@ -33,11 +33,11 @@ from data import (ANNOTATED, DATASETS, PRECISIONS, TrainSet, autocast, count_cla
                   is_first, lock_folder, parse_flags, parse_name, require, run_main, say, scan,
                   start_processes, step_keys, whole_file)
 from evaluate import count_conditions, evaluate, summary_table
-from losses import ALPHAS, GAMMA, IGNORE, boundary_aware_focal_loss, boundary_weights
+from losses import ALPHAS, GAMMA, PADDING, boundary_aware_focal_loss, boundary_weights
 from swiftnet import build, compiled, load_checkpoint
 
 LR_END = 1e-7                                  # lineage: the cosine ends here
-ADAM = {"betas": (0.9, 0.99), "eps": 1e-7}     # lineage: eps is larger, as half precision wants
+EPS = 1e-7                                     # lineage: Adam's, larger as half precision wants
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Config:
     recipe: str = flag("driving", "defaults to start from, flags override them",
                        choices=("driving", "ade20k", "camvid", "demo"))
     data: str = flag("data", "data root, a folder per set")
-    train: tuple = flag((), "sets, NAME:PART,PART*WEIGHT or less of it (default: annotated ones)")
+    train: tuple = flag((), "sets, NAME@SPLIT:PART,PART*WEIGHT or less of it (default: annotated)")
     pseudo: tuple = flag((), "folders of pseudolabel.py to train on as well, with *WEIGHT")
-    val: tuple = flag((), "sets to validate on (default: acdc and cityscapes, as found)")
+    val: tuple = flag((), "sets to validate on (default: acdc if it is there, else cityscapes)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
     init: str = flag("", "checkpoint to take weights from, and nothing else")
     backbone: str = flag("convnext_large", "size of the backbone", choices=tuple(SIZES))
     pretrained: str = flag("in22k_1k_384", "in1k, in22k, in22k_1k_384, a path, a URL, or none")
-    levels: int = flag(3, "resolutions of the pyramid; 1 is the single-scale SwiftNet", least=1)
+    levels: int = flag(3, "resolutions of the pyramid", least=1)
     width: int = flag(0, "channels of the ladder (default: by size of the backbone)", least=0)
     layer_scale: float = flag(1e-6, "initial layer scale")
     drop_path: float = flag(0.0, "stochastic depth of the last block")
@@ -67,10 +67,11 @@ class Config:
     uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly")
     gamma: float = flag(GAMMA, "exponent of the focal factor; 0 is without it")
     alphas: tuple = flag(ALPHAS, "weights from the boundary outwards", nargs=5, type=float)
-    lr: float = flag(4e-4, "learning rate of new layers", least=0)
-    backbone_lr: float = flag(1e-4, "learning rate of the backbone", least=0)
+    lr: float = flag(4e-4, "learning rate of ladder and head", least=0)
+    backbone_lr: float = flag(1e-4, "learning rate of backbone and laterals", least=0)
     warmup: int = flag(0, "steps of linear warm-up", least=0)
     weight_decay: float = flag(1e-4, "Adam's L2 term", least=0)
+    beta2: float = flag(0.999, "Adam's decay of squared gradients", least=0)
     bn_momentum: float = flag(0.01, "weight of a batch in the running statistics", least=1e-6)
     precision: str = flag("auto", "auto is bf16 or fp16 by GPU, fp32 on a CPU", choices=PRECISIONS)
     compile: bool = flag(False, "torch.compile the network: faster, after minutes at first")
@@ -83,7 +84,7 @@ class Config:
 
 
 FROM_SCRATCH = {"backbone": "convnext_atto", "pretrained": "none", "layer_scale": 0.1, "lr": 1e-3,
-                "backbone_lr": 1e-3, "bn_momentum": 0.1, "crop": 256, "batch": 8,
+                "backbone_lr": 1e-3, "beta2": 0.99, "bn_momentum": 0.1, "crop": 256, "batch": 8,
                 "batch_per_process": 8, "workers": 0}
 RECIPES = {                               # what differs from the deck's. NOTE(deck): these are ours
     "driving": {},
@@ -103,9 +104,9 @@ def take_step(network, optimizer, scaler, images, labels, config, world):
     """One optimizer step on this process's share of the batch. Returns its share of the loss.
 
     images (B, 3, H, W) uint8, labels (B, H, W) uint8, B = batch / world. The loss is divided by the
-    valid pixels of the whole global batch, over processes and accumulated parts, so the gradient
+    labelled pixels of the whole global batch, over processes and accumulated parts, so the gradient
     does not depend on how images fall on them. DDP averages gradients, hence the factor `world`."""
-    valid, total, size = (labels != IGNORE).sum(), 0, config.batch_per_process
+    valid, total, size = (labels < PADDING).sum(), 0, config.batch_per_process
     if world > 1:
         dist.all_reduce(valid)
     parts = [*zip(images.split(size), labels.split(size))]
@@ -132,12 +133,21 @@ def learning_rate(step, peak, warmup, total):
     return LR_END + (peak - LR_END) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(config, rank, world, device):
-    """Run the training that `config` describes, from its beginning or where its folder stands."""
+def read_sets(config):
+    """(training samples, their weights, classes, validation samples)."""
     names = config.train + config.pseudo
     samples, weights, classes = gather(config.data, names, "train")
     val_samples, _, val_classes = gather(config.data, config.val, "val")
-    require((classes == val_classes, f"{names[0]} and --val {config.val[0]} differ in classes"))
+    annotated = {sample.image for sample in samples if sample.dataset in DATASETS}
+    both = sorted(annotated & {sample.image for sample in val_samples})
+    require((classes == val_classes, f"{names[0]} and --val {config.val[0]} differ in classes"),
+            (not both, f"{len(both)} images are trained and validated on, first {both[:1]}"))
+    return samples, weights, classes, val_samples
+
+
+def train(config, rank, world, device):
+    """Run the training that `config` describes, from its beginning or where its folder stands."""
+    samples, weights, classes, val_samples = read_sets(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
     run = Run(config, digest(config, samples, weights, val_samples))
@@ -168,12 +178,18 @@ def train(config, rank, world, device):
         batch_sampler=step_keys(keys_of, steps_per_epoch, run.step, total, rank, world),
         num_workers=config.workers, worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda")
     say(f"{run.folder}: step {run.step} of {total}, {steps_per_epoch} an epoch of {len(samples)} "
-        f"images of {' '.join(names)}; {config.backbone} on {world} x {device.type}")
+        f"images of {' '.join(config.train + config.pseudo)}; {config.backbone} on {world} x "
+        f"{device.type}")
+    together = world * min(config.batch_per_process, config.batch // world)
+    if together < 3:
+        say(f"BatchNorm sees {together} image(s) at a time, too few for its statistics: give a "
+            "larger --batch-per-process, with --checkpoint-blocks where memory is short")
 
     for step, (images, ids) in enumerate(loader, run.step):
         torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + rank) % 2 ** 63)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, group["peak"], config.warmup, total)
+        torch.backends.cudnn.benchmark = True                        # pays for crops of one size
         images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
         ids = ids.to(device, non_blocking=True)
         loss = take_step(network, optimizer, scaler, images, ids, config, world)
@@ -198,11 +214,13 @@ def train(config, rank, world, device):
         if stopping and done < total:
             raise SystemExit(f"{run.folder}: stopped by SIGTERM; the same command continues")
     say("untrained: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in run.untrained.items()))
-    say(f"best.pt: mIoU {100 * run.best:.2f}\nnext: python evaluate.py --temperature 0.67")
+    say(f"best.pt: mIoU {100 * run.best:.2f}\n"
+        f"next: python evaluate.py --checkpoint {run.folder}/best.pt --temperature 0.67")
 
 
 def validate(run, model, samples, rank, world):
     """{condition: mIoU} of the validation samples at their native size, printed and logged."""
+    torch.backends.cudnn.benchmark = False                  # images come in many sizes
     for buffer in model.buffers() if world > 1 else ():    # after a step they differ: take rank 0's
         dist.broadcast(buffer, 0)
     results = evaluate([model.eval()], samples, rank=rank, world=world,
@@ -250,12 +268,14 @@ def make_model(config, classes, state):
 
 
 def make_optimizer(model, config, device, state):
-    """Adam with two groups, the new layers and the backbone (lineage), and the scaler of fp16."""
-    backbone = list(model.backbone.parameters())
-    new = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    """Adam with two groups, ladder with head and backbone with laterals (lineage), and the scaler
+    of fp16."""
+    new = [*model.ladder.parameters(), *model.head.parameters()]
+    backbone = [*model.backbone.parameters(), *model.lateral.parameters()]
     groups = {"params": new, "peak": config.lr}, {"params": backbone, "peak": config.backbone_lr}
     fused = device.type == "cuda"                    # of this device, not of the checkpoint's
-    optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=fused, **ADAM)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, config.beta2), eps=EPS, fused=fused,
+                                 weight_decay=config.weight_decay)
     half = half_type(device, config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
     if state:
@@ -269,8 +289,9 @@ def make_optimizer(model, config, device, state):
 
 # --- the run folder -----------------------------------------------------------------------------
 
-# Flags that may differ between a run and its continuation: they do not change what is learned.
-FREE = ("out", "compile", "checkpoint_blocks", "save_every", "log_every", "workers")
+# Flags that may differ between a run and its continuation: they do not change what is learned but
+# for rounding.
+FREE = "out compile checkpoint_blocks precision save_every log_every workers".split()
 LEAST_SCALE = 2.0 ** -10       # of fp16's loss; it begins at 2^16 and halves at every overflow
 
 
@@ -331,10 +352,11 @@ class Run:
         """Raise ValueError, on all processes, before anything is saved that is not finite."""
         finite = all(t.isfinite().all() for t in (loss, *self.model.state_dict().values()))
         require((finite, f"the loss of step {self.step}, or what it made of the weights, is not "
-                 "finite; earlier checkpoints are intact. Lower --lr, or try --precision fp32"),
+                 "finite; earlier checkpoints are intact. Go on with --precision fp32 from there, "
+                 "or begin with a lower --lr and another --out"),
                 (not self.scaler.is_enabled() or self.scaler.get_scale() >= LEAST_SCALE,
                  f"step {self.step}: gradients overflow float16 at any scale, nothing is learned. "
-                 "Lower --lr, or use --precision fp32 and another --out"))
+                 "Go on with --precision fp32, or begin with a lower --lr and another --out"))
 
     def save(self, name):
         """Write a checkpoint on rank 0: tensors and plain values, readable without running code."""
@@ -381,7 +403,7 @@ def main():
     def found(names, split):
         return tuple(name for name in names if scan(config.data, name, split)[1][0])
     config = dataclasses.replace(config, train=config.train or found(ANNOTATED, "train"),
-                                 val=config.val or found(("acdc", "cityscapes"), "val"))
+                                 val=config.val or found(("acdc", "cityscapes"), "val")[:1])
     require((config.batch % world == 0, f"--batch {config.batch} / {world} processes has a rest"),
             (config.train and config.val, f"--data {config.data} holds none of {ANNOTATED}, or "
              "neither acdc nor cityscapes to validate on; name --train, --val, or --recipe demo"))
