@@ -1999,7 +1999,6 @@ BAD_INPUT = {      # script: [(arguments, a word that the message must hold)]
     "evaluate.py": [
         ("", "runs"), ("--checkpoint nowhere.pt", "nowhere.pt"),
         ("--checkpoint {notes}", "notes.txt"), (EVALUATE + "--temperature 0", "temperature"),
-        (EVALUATE + "--temperature x", "--temperature"),
         (EVALUATE + "--thresholds 1", "thresholds"), (EVALUATE + "--scales 0", "--scales"),
         (EVALUATE + "--tile 100", "--tile"), (EVALUATE + "--val atlantis", "atlantis"),
         (EVALUATE + "--split sideways", "split"), (EVALUATE + "--split test", "split"),
