@@ -122,27 +122,46 @@ def convnext(name, pretrained=None, drop_path=0.0, layer_scale=1e-6):
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-RENAMES = (       # names of timm, torchvision and Hugging Face -> the paper's, applied in turn
-    (r"^(module\.)?(convnext\.)?(encoder\.)?", ""),
-    (r"^(stem|features\.0)\.", "downsample_layers.0."),
+RENAMES = (       # names of timm, torchvision, Hugging Face, mmpretrain -> ours, applied in turn
+    (r"\.(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", ""),
+    (r"^(stem|stages)_", r"\1."), (r"^(stem|features\.0)\.", "downsample_layers.0."),
     (r"^embeddings\.patch_embeddings\.", "downsample_layers.0.0."),
     (r"^embeddings\.layernorm\.", "downsample_layers.0.1."),
     (r"^stages\.(\d)\.downsampl(?:e|ing_layer)\.", r"downsample_layers.\1."),
     (r"^features\.([246])\.", lambda match: f"downsample_layers.{int(match[1]) // 2}."),
     (r"^features\.([1357])\.", lambda match: f"stages.{int(match[1]) // 2}."),
     (r"^(stages\.\d)\.(blocks|layers)\.", r"\1."), (r"\.layer_scale(_parameter)?$", ".gamma"),
-    (r"\.(conv_dw|block\.0)\.", ".dwconv."), (r"(?<=\d)\.(layernorm|block\.2)\.", ".norm."),
-    (r"\.(mlp\.fc1|block\.3)\.", ".pwconv1."), (r"\.(mlp\.fc2|block\.5)\.", ".pwconv2."))
-HEAD = (r"(norm|norm_pre|layernorm|head|head\.norm|head\.fc|classifier|classifier\.\d)\."
-        r"(weight|bias)")
+    (r"\.(conv_dw|block\.0|depthwise_conv)\.", ".dwconv."),
+    (r"(?<=\d)\.(layernorm|block\.2)\.", ".norm."),
+    (r"\.(mlp\.fc1|block\.3|pointwise_conv1)\.", ".pwconv1."),
+    (r"\.(mlp\.fc2|block\.5|pointwise_conv2)\.", ".pwconv2."))
+BACKBONE = r"(?:^|(?<=\.))(downsample_layers|stages|stem|features|embeddings)[._].*"
+
+
+def networks_in(tree, path=""):
+    """{prefix: {our name: tensor}} of what looks like a ConvNeXt in a checkpoint, at any depth.
+    Classifiers, decoders and the norms of feature extractors have none of its names."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            for prefix, tensors in networks_in(value, f"{path}{name}.").items():
+                found.setdefault(prefix, {}).update(tensors)
+        elif isinstance(value, torch.Tensor):
+            if part := re.search(BACKBONE, name := f"{path}{name}"):
+                prefix, name = name[:part.start()].replace("encoder.", ""), part[0]
+                for pattern, ours in RENAMES:
+                    name = re.sub(pattern, ours, name)
+                found.setdefault(prefix, {})[name] = value
+    return found
 
 
 def load_pretrained(backbone, source):
     """Fill `backbone` from published weights, or raise ValueError or OSError.
 
     source: "in1k" | "in22k" | "in22k_1k_384" (looked up in WEIGHTS), a URL, a path (torch or
-    safetensors) or a state dict, named as the authors, torchvision, timm or Hugging Face do. The
-    classifier and its norm are left out; every other name and shape must match."""
+    safetensors) or a state dict, named as the authors, torchvision, timm, Hugging Face or
+    mmpretrain do, below any prefix. All names and shapes of the backbone must match, what else
+    there is is left out; of a network and its moving average (EMA) the average is taken."""
     where = source if isinstance(source, (str, os.PathLike)) else "the state dict"
     if source in ("in1k", "in22k", "in22k_1k_384"):
         size = (backbone.depths, backbone.dims)
@@ -159,22 +178,27 @@ def load_pretrained(backbone, source):
         except OSError as error:
             raise OSError(f"cannot fetch {source} ({error}); put it at {path}") from None
         source = path
-    state = source if isinstance(source, dict) else read_tensors(source)
-    state = state.get("model", state.get("state_dict", state))
-    expected, renamed = backbone.state_dict(), {}
-    for name, tensor in state.items():
-        for pattern, ours in RENAMES:
-            name = re.sub(pattern, ours, name)
-        if not re.fullmatch(HEAD, name):
-            if name in expected and tensor.shape == (*expected[name].shape, 1, 1):
-                tensor = tensor.reshape(expected[name].shape)     # 1x1 convolution -> linear, gamma
-            renamed[name] = tensor
+    networks = networks_in(source if isinstance(source, dict) else read_tensors(source))
+    expected = backbone.state_dict()
+    whole = [prefix for prefix, tensors in networks.items() if {*expected} <= {*tensors}]
+    averaged = [prefix for prefix in whole if re.search(r"(?i)(^|[^a-z])ema", prefix)]
+    if averaged and len(whole) > 1:
+        print(f"{where}: taking the moving average, {averaged[0]!r} of {whole}", flush=True)
+    if len(averaged or whole) != 1 and len(networks) != 1:
+        raise ValueError(f"{where} holds no ConvNeXt that fits, or several of them: parts of one "
+                         f"are below {[*networks] or 'no name'}; save its state dict alone")
+    tensors = networks[(averaged or whole or [*networks])[0]]
+    for name, ours in expected.items():
+        if name in tensors and tensors[name].shape == (*ours.shape, 1, 1):
+            tensors[name] = tensors[name].reshape(ours.shape)     # 1x1 convolution -> linear, gamma
     try:
-        backbone.load_state_dict(renamed)
+        backbone.load_state_dict(tensors)
     except RuntimeError as error:
+        second = "it is a ConvNeXt V2. " * (".grn." in " ".join(tensors))
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{where} does not fit a ConvNeXt of depths {backbone.depths}, dims "
-                         f"{backbone.dims}; choose the size it was made for. {reason}") from None
+                         f"{backbone.dims}; choose the size it was made for. {second}{reason}"
+                         ) from None
 
 
 def read_tensors(path):
@@ -192,12 +216,14 @@ def read_tensors(path):
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:            # a damaged file makes torch.load raise a dozen kinds
         refused = re.search(r"GLOBAL (\S+)", str(error))        # what weights_only does not run
-        reason = f"it holds a {refused[1]}" if refused else str(error).split("\n")[0][:200]
-        raise ValueError(f"{path} is damaged, or no dict of tensors and plain values: "
-                         f"{reason}") from None
+        raise ValueError(
+            f"{path} holds a {refused[1]}, which could run code; where it comes from, save the "
+            "tensors alone: torch.save(model.state_dict(), FILE)" if refused else
+            f"{path} is damaged, or no dict of tensors and plain values: "
+            f"{str(error)[:200].partition(chr(10))[0]}") from None
 
 
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def read_safetensors(path):
@@ -206,6 +232,6 @@ def read_safetensors(path):
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         data = bytearray(file.read())
     header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data, dtype=SAFETENSORS[entry["dtype"]],
+    return {name: torch.frombuffer(data, dtype=DTYPES[entry["dtype"]],
                                    count=math.prod(entry["shape"]), offset=entry["data_offsets"][0])
             .reshape(entry["shape"]) for name, entry in header.items()}

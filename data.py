@@ -1,7 +1,7 @@
 """What lies on disk: the table of datasets, reading, augmentation, sampling, the demo streets.
 
     python data.py --data data        lists the sets found, and what is wrong with them
-    python data.py --all-files        opens every file, not only three of each split
+    python data.py --all-files        opens every file, not only up to 100 of each split
     python data.py --show 4           pictures of images, labels and augmented crops
     python data.py --make-demo demo   draws the demo streets, and lists them
 
@@ -13,6 +13,8 @@ import csv
 import ctypes
 import fcntl
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -30,7 +32,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from torch.utils.data import default_collate, default_convert, get_worker_info
 
 from losses import IGNORE, PADDING
 from swiftnet import LARGEST_SHORT_SIDE, PADDING_COLOUR
@@ -65,9 +68,8 @@ ADE20K_CLASSES = tuple(map(str.strip, """
   board, shower, radiator, glass, clock, flag""".split(",")))
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
 # A value beyond its table is an error; 255 means "ignore" in every set.
-CITYSCAPES_TABLE = (
-    255, 255, 255, 255, 255, 255, 255, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9,
-    10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18, 255)                       # 34: licence plate
+CITYSCAPES_TABLE = (*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11,
+                    12, 13, 14, 15, 255, 255, 16, 17, 18, 255)               # 34: licence plate
 VISTAS_TABLE = (
     255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0, 255, 9, 10,
     9, 9, 8, *[255] * 14, 5, 7, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255, 17, 16, 255, 255, 14,
@@ -105,7 +107,7 @@ class Dataset(NamedTuple):
     palette: tuple = PALETTE
     condition: Callable = lambda stars: "all"       # weather, from the stars of an image
     skip: str = r"(?!)"              # images to leave out, by regular expression on the path
-    sparse: bool = False             # only some images have a label; the others are left out
+    gaps: float = 0                  # images of a split that may lack a label: left out, aloud
     leaks_into: str = ""             # leave out images whose stem is in train or val of that set
 
 
@@ -120,11 +122,11 @@ class Sample(NamedTuple):
     segments: tuple = ()             # (segment id, category) of a panoptic label
 
 
-ACDC = [Layout(
+ACDC = [Layout(                      # here and below: a zip may lie in a folder of its own name
     f"{images}/*/{{split}}/*/*_rgb_anon.png", f"{labels}/*/{{split}}/*/*_gt_labelTrainIds.png",
     f"{labels}/*/{{split}}/*/*_gt_invIds.png", f"{images}/*/{{split}}_ref/*/*_rgb_ref_anon.png")
-    for images, labels in [
-        ("rgb_anon", "gt"), ("rgb_anon_trainvaltest/rgb_anon", "gt_trainval/gt")]]
+    for images in ("rgb_anon", "rgb_anon_trainvaltest/rgb_anon")
+    for labels in ("gt", "gt_trainval/gt")]
 CAMVID = Dataset("camvid", [Layout("{split}/*.*", "{split}annot/*.png")], unlabelled=(),
                  table=CAMVID_TABLE, classes=CAMVID_CLASSES, palette=CAMVID_PALETTE,
                  condition=lambda stars: "dusk" if stars[0].startswith("0001TP") else "day")
@@ -132,23 +134,26 @@ TRAINING = {"train": "training", "val": "validation", "test": "testing"}
 DATASETS = {
     # annotated, the first five of them the default of train.py
     "cityscapes": Dataset("cityscapes", [Layout(
-        "leftImg8bit/{split}/*/*_leftImg8bit.png", "gtFine/{split}/*/*_gtFine_labelIds.png")],
+        f"{images}/{{split}}/*/*_leftImg8bit.png", f"{labels}/{{split}}/*/*_gtFine_labelIds.png")
+        for images in ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit")
+        for labels in ("gtFine", "gtFine_trainvaltest/gtFine")],
         table=CITYSCAPES_TABLE, condition=lambda stars: "clear"),
     "vistas": Dataset("vistas", [          # v1.2, also inside the v2.0 download
         Layout("{split}/images/*.jpg", "{split}/v1.2/labels/*.png"),
         Layout("{split}/images/*.jpg", "{split}/labels/*.png")], TRAINING, table=VISTAS_TABLE),
     "bdd100k": Dataset("bdd100k", [
         Layout("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
-        Layout("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")]),
+        Layout("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")], gaps=6),
     "wilddash": Dataset("wilddash", [      # final and beta; all of it trains
         Layout("images/*.jpg", "panoptic/*.png", segments="panoptic.json"),
         Layout("images/*.jpg", "labels/*.png")], {"train": ""}, (), WILDDASH_TABLE),
     "acdc": Dataset("acdc", ACDC, condition=lambda stars: stars[0]),
     "acdc_ref": Dataset("acdc", [Layout(   # references of the extended release
         layout.reference, layout.label.replace("{split}", "{split}_ref").replace("_gt", "_gt_ref"))
-        for layout in ACDC], condition=lambda stars: "clear", sparse=True),
+        for layout in ACDC], condition=lambda stars: "clear", gaps=math.inf),
     "cityscapes_coarse": Dataset("cityscapes", [Layout(
-        "leftImg8bit/{split}/*/*_leftImg8bit.png", "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")],
+        f"{images}/{{split}}/*/*_leftImg8bit.png", "gtCoarse/{split}/*/*_gtCoarse_labelIds.png")
+        for images in ("leftImg8bit", "leftImg8bit_trainextra/leftImg8bit")],
         {"train": "train_extra"}, (), CITYSCAPES_TABLE, condition=lambda stars: "clear",
         skip="troisdorf_000000_000073"),
     "camvid": CAMVID,
@@ -158,7 +163,7 @@ DATASETS = {
         ADE20K_CLASSES, ()),
     "custom": Dataset("custom", [Layout("images/{split}/*.*", "labels/{split}/*.png")],
                       classes=(), palette=()),
-    # pools of images for pseudolabel.py; labels where they have any are read by name only
+    # pools of images for pseudolabel.py; their labels serve where train.py is given them by name
     "dark_zurich": Dataset("dark_zurich", [Layout(
         "rgb_anon/{split}/*/*/*_rgb_anon.png", "gt/{split}/*/*/*_gt_labelTrainIds.png",
         "gt/{split}/*/*/*_gt_invIds.png")], unlabelled=("train", "test"),
@@ -180,7 +185,7 @@ ANNOTATED = ("cityscapes", "vistas", "bdd100k", "wilddash", "acdc")
 
 
 def parse_name(name, mark="manifest.csv"):
-    """"set@val:a,b*2" -> ("set", "val", ("a", "b"), 2.0): set, split ("": that of the flag), parts,
+    """"set@val:a,b*2" -> ("set", "val", ("a", "b"), 2.0): set, split ("" if not given), parts,
     weight. A folder that holds `mark` can stand for the set, without split and parts."""
     def is_folder(text):
         return text not in DATASETS and (Path(text) / mark).exists()
@@ -191,11 +196,11 @@ def parse_name(name, mark="manifest.csv"):
         rest, _, parts = rest.partition(":")
         dataset, _, split = rest.partition("@")
     require((not (split or parts) or not is_folder(dataset),
-             f"{name}: to take part of a folder use pseudolabel.py --select"),
+             f"{name}: a folder has no splits or parts; use pseudolabel.py --select"),
             (dataset in DATASETS or is_folder(dataset), f"{dataset!r} is none of the sets "
              f"{', '.join(DATASETS)}, and no folder with {mark or 'images'}"),
-            (re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and 0 < float(weight) <= 1000,
-             f"{name}: a weight is above 0 and at most 1000"))
+            (re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) and 1e-6 <= float(weight) <= 1000,
+             f"{name}: a weight is a plain decimal from 0.000001 to 1000"))
     return dataset, split, tuple(filter(None, parts.split(","))), float(weight)
 
 
@@ -226,14 +231,15 @@ def find_samples(root, name, split, labelled=True):
     """Samples of a name (see parse_name), sorted by path; without labels if not `labelled`. `split`
     is for names without one. A part is a condition, a folder, or the file name's beginning up to
     "_" (ACDC: conditions, sequences; Cityscapes: cities; CamVid: drives). ValueError where images
-    or labels lack."""
+    or labels are missing."""
     dataset, own_split, parts, _ = parse_name(name)
     split = own_split or split
     if dataset not in DATASETS:
         return pseudo_samples(root, dataset)
     row, folder = DATASETS[dataset], Path(root) / DATASETS[dataset].folder
     usable = [s for s in row.splits if not labelled or s not in row.unlabelled]
-    require((split in usable, f"{dataset}: the {'labelled ' * labelled}splits are {usable}"))
+    require((split in usable, f"{dataset} has no {'labelled ' * labelled}split {split!r}"
+             f"{', only ' * bool(usable)}{', '.join(usable)}"))
     layout, (images, labels, invalid, references) = scan(root, dataset, split)
     leaks = {Path(image).stem for other in ("train", "val") if row.leaks_into
              for image in scan(root, row.leaks_into, other)[1][0].values()}
@@ -258,8 +264,9 @@ def find_samples(root, name, split, labelled=True):
     require((samples or bare or images and unmatched, f"no {split} images of {dataset} at {image}; "
              "put the set there, or name another --data"),
             (not unmatched, f"{dataset} {split} has nothing of {', '.join(sorted(unmatched))}"),
-            (not bare or row.sparse and samples,
-             f"{len(bare)} images lack {label}, or what belongs to it, first {bare[:1]}"))
+            (not bare or samples and len(bare) <= row.gaps,
+             f"{dataset} {split}: {len(bare)} images lack {label}, or what belongs to it: "
+             f"{', '.join(bare[:6])}; fetch the labels, or remove the images"))
     if bare:
         say(f"{dataset} {split}: {len(bare)} without a label left out")
     return samples
@@ -293,6 +300,16 @@ def classes_of(root, name):
     return classes
 
 
+def misplaced(root, names):
+    """Messages on folders of these sets that are there and hold no image of any set."""
+    for folder in sorted({DATASETS[name].folder for name in names}):
+        rows = {name: row for name, row in DATASETS.items() if row.folder == folder}
+        splits = ((name, split) for name, row in rows.items() for split in row.splits)
+        if os.path.lexists(Path(root) / folder) and not any(scan(root, *x)[1][0] for x in splits):
+            yield (f"{Path(root) / folder} has no {[*rows.values()][0].layouts[0].image}; move its "
+                   "files there, or remove it")
+
+
 def gather(root, names, split, labelled=True):
     """(samples of several names, their weights (N,), their classes, which must be the same)."""
     groups = [find_samples(root, name, split, labelled) for name in names]
@@ -309,25 +326,36 @@ def gather(root, names, split, labelled=True):
 
 Image.MAX_IMAGE_PIXELS = None     # Pillow's own bound, which warns before it refuses; ours is below
 IMAGE_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "YCbCr")       # 8 bits a channel
+LABEL_MODES = ("L", "P", "1", "I;16", "I", "RGB", "RGBA")
 
 
 @contextlib.contextmanager
-def opened(path, *modes, size=None):
-    """A Pillow image of one of these modes, of this size. Errors are ValueErrors that name it."""
+def opened(path, *modes, size=None, upright=False, formats=("PNG", "JPEG")):
+    """A Pillow image of one of these modes and this size, turned as its EXIF says where `upright`.
+    Errors are ValueErrors that name it."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:   # Pillow knows stranger ones
+        with Image.open(path, formats=formats) as image:           # Pillow knows stranger ones
             require((image.mode in modes, f"mode {image.mode}, expected {' or '.join(modes)}"),
-                    (image.width * image.height <= 2 ** 26, f"{image.size}: too many pixels"),
-                    (size in (None, image.size), f"{image.size}, but its label or image {size}"))
+                    (image.width * image.height <= 2 ** 26, f"{image.size}: too many pixels"))
+            if upright and is_turned(image):
+                image = ImageOps.exif_transpose(image)
+            require((size in (None, image.size), f"{image.size}, but its label or image {size}"))
             yield image
-    except (OSError, SyntaxError, ValueError) as error:            # SyntaxError: a broken PNG chunk
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:     # SyntaxError: a PNG chunk
         raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from None
 
 
-def read_image(path, zoom=1.0, size=None):
-    """RGB Pillow image, EXIF rotation left alone, as labels know none. With zoom <= 1/2 a JPEG is
-    decoded at the smallest of 1/2, 1/4, 1/8 that is not below zoom. size: what it must have."""
-    with opened(path, *IMAGE_MODES, size=size) as image:
+def is_turned(image):
+    """Whether a Pillow image has an EXIF orientation that a viewer follows."""
+    return "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+
+
+def read_image(sample, zoom=1.0, size=None):
+    """RGB Pillow image. Labels of datasets belong to the pixels as stored; predictions, and so
+    pseudolabels, to what a viewer shows. With zoom <= 1/2 a JPEG is decoded at the smallest of 1/2,
+    1/4, 1/8 that is not below zoom. size: what it must have."""
+    upright = not sample.label or sample.dataset not in DATASETS
+    with opened(sample.image, *IMAGE_MODES, size=size, upright=upright) as image:
         if image.format == "JPEG" and zoom <= 0.5:
             image.draft("RGB", [max(1, int(side * zoom)) for side in image.size])
         return image.convert("RGB")
@@ -336,10 +364,9 @@ def read_image(path, zoom=1.0, size=None):
 def open_label(sample, size=None):
     """Pillow image of label values, 8 bit. size: what it must have."""
     if not sample.segments:
-        with opened(sample.label, "L", "P", size=size) as image:   # P: the index is the label
-            image.load()
-            return image
-    with opened(sample.label, "RGB", size=size) as image:
+        with opened(sample.label, *LABEL_MODES, size=size, formats=("PNG",)) as image:
+            return to_ids(image)
+    with opened(sample.label, "RGB", size=size, formats=("PNG",)) as image:
         segment = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
     category_of = np.zeros(2 ** 24, np.uint8)                      # outside every segment: 0
     for number, category in sample.segments:
@@ -347,11 +374,29 @@ def open_label(sample, size=None):
     return Image.fromarray(category_of[segment])
 
 
+def to_ids(image):
+    """8-bit Pillow image of the ids in a label PNG: its grey values, or its palette's indices."""
+    values = np.asarray(image)
+    if image.mode == "P":
+        used = np.flatnonzero(image.histogram())
+        colours = np.resize(image.getpalette(), (256, 3))[used]
+        grey = (colours == colours[:, :1]).all() and (colours[:, 0] != used).any()
+        require((not grey, "a tool has put the ids into a palette of greys, whose indices are no "
+                 "ids; save it as Image.convert('L')"))
+    elif values.ndim == 3:
+        require(((values[..., :3] == values[..., :1]).all(),
+                 "labels must hold class ids, not colours"))
+        values = values[..., 0]
+    require((values.max() < 256, f"{values.max()} is no class id; they have 8 bits"))
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def to_train_ids(values, sample, classes):
     """(H, W) label values of a file -> (H, W) uint8 train ids; ValueError for unknown values."""
-    meaning = sample.dataset in DATASETS and DATASETS[sample.dataset].table or range(classes)
+    own = sample.dataset in DATASETS and DATASETS[sample.dataset].table
+    meaning = own or (*range(classes), *[-1] * (IGNORE - classes), IGNORE)     # train ids already
     table = np.full(256, -1, np.int16)
-    table[:len(meaning)], table[IGNORE] = meaning, IGNORE
+    table[:len(meaning)] = meaning
     ids = table[values]
     strange = np.unique(values[ids < 0])[:8].tolist()
     require((not strange, f"{sample.label}: {strange} have no meaning in {sample.dataset}"))
@@ -360,7 +405,7 @@ def to_train_ids(values, sample, classes):
 
 def read_sample(sample, classes):
     """Image (3, H, W) uint8, train ids (H, W) uint8 or None, invalid (H, W) bool or None."""
-    image = read_image(sample.image)
+    image = read_image(sample)
     pixels, ids, invalid = np.array(image).transpose(2, 0, 1), None, None
     if sample.label:
         ids = to_train_ids(np.asarray(open_label(sample, image.size)), sample, classes)
@@ -374,7 +419,7 @@ def read_sample(sample, classes):
 
 # --- augmentation and sampling ------------------------------------------------------------------
 
-CARRIED = 100      # pixels from which an image is said to carry a class
+CARRIED = 100      # pixels from which on an image carries a class
 
 
 def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=-1, jitter=0.0):
@@ -397,7 +442,7 @@ def augment(sample, classes, rng, crop, zoom=(0.5, 2.0), wanted=-1, jitter=0.0):
             centre = int((x + 0.5) * scaled[0] / width), int((y + 0.5) * scaled[1] / height)
             corner = [min(max(place - rng.integers(part), 0), whole - part)
                       for place, part, whole in zip(centre, size, scaled)]
-    image = read_image(sample.image, factor, label.size)
+    image = read_image(sample, factor, label.size)
 
     def cut(source, filter):                               # the crop, from a source of any size
         reduced = -(-width // source.size[0])              # 1, 2, 4, 8: by the JPEG decoder
@@ -447,6 +492,27 @@ class EvalSet(torch.utils.data.Dataset):
             return index, str(error)
 
 
+def load(dataset, workers, batches=None):
+    """A DataLoader of the items of a dataset, or of batches of them (lists of keys)."""
+    how = {"batch_sampler": batches} if batches else {"batch_size": None}
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, collate_fn=to_tensors, worker_init_fn=ignore_sigterm,
+        pin_memory=torch.cuda.is_available(), **how)
+
+
+def to_tensors(item):
+    """An item, or a list of items as a batch, as tensors; in a worker, in shared memory. The thread
+    that sends tensors does that else, and where it is full, the main process waits for ever."""
+    try:
+        tensors = default_collate(item) if isinstance(item, list) else default_convert(item)
+        for tensor in filter(torch.is_tensor, tensors if get_worker_info() else ()):
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise OSError(f"/dev/shm is too small for the loader's workers: {error}; start Docker with "
+                      "--shm-size=16g, or give --workers 0") from None
+    return tensors
+
+
 def ignore_sigterm(worker):
     """For loader workers: torchrun ends them too, while their process has a step to finish."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -491,13 +557,35 @@ def count_classes(samples, classes, workers):
     """(N, C) int64 pixels of each class in each label; 0 in damaged ones, which training names."""
     labels = [sample._replace(image=sample.label, invalid="") for sample in samples]  # no photos
     counts = np.zeros((len(samples), classes), np.int64)
-    loader = torch.utils.data.DataLoader(EvalSet(labels, classes), None, num_workers=workers)
+    loader = load(EvalSet(labels, classes), workers)
     for index, *found in progress(loader, len(samples), "labels counted"):
         if len(found) > 1:
             counts[index] = torch.bincount(found[1].flatten(), minlength=256)[:classes]
-    require(((counts >= CARRIED).any(), f"no class has {CARRIED} pixels in one of {len(samples)} "
-             f"labels, first {samples[0].label}"))
     return counts
+
+
+def look_through(samples, classes, what, workers, most=100):
+    """Problems of at most `most` samples of a split, `what`, spread over it. Prints which classes
+    no label shows, and which labelled image has an EXIF orientation."""
+    few = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, most).astype(int))]
+    loader, labelled = load(EvalSet(few, len(classes)), workers), bool(few[0].label)
+    pixels, turned, problems = torch.zeros(256, dtype=torch.int64), [], []
+    for index, *found in progress(loader, len(few), "opened") if len(few) > 100 else loader:
+        if len(found) == 1:
+            problems += found
+        elif labelled:
+            pixels += torch.bincount(found[1].flatten(), minlength=256)
+            with Image.open(few[index].image) as image:
+                turned += [few[index].image] * is_turned(image)
+    absent = [name for name, n in zip(classes, pixels) if labelled and not n]
+    if absent:
+        say(f"{what}: none of {len(few)} labels shows {', '.join(absent)}")
+    if turned:
+        say(f"{what}: EXIF orientation of {len(turned)} images not followed, first {turned[0]}")
+    if len(absent) > len(classes) - 2 and not problems:
+        problems.append(f"{what}: labels show fewer than two of {len(classes)} classes, first "
+                        f"{few[0].label}; ids are 0 to {len(classes) - 1}, and 255 is ignored")
+    return problems
 
 
 def palette_of(classes):
@@ -535,7 +623,8 @@ def parse_flags(config, about):
     parser = argparse.ArgumentParser(
         description=about, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: require((False, f"{message}; see --help"))    # no usage text
+    parser.error = lambda message: require(("--local" not in message, f"{message}; use torchrun"),
+                                           (False, f"{message}; see --help"))    # no usage text
     least = {}
     for item in fields(config):
         default, more = item.default, dict(item.metadata)
@@ -571,6 +660,12 @@ def differences(there, here):
                      for name, value in here.items() if there.get(name) != value)[:600]
 
 
+def to_json(value):
+    """JSON of tensors and plain values; NaN and infinity, which it does not know, become null."""
+    text = json.dumps(value, default=torch.Tensor.tolist)
+    return json.dumps(json.loads(text, parse_constant=lambda name: None))
+
+
 def run_main(main):
     """Run a script's main. A user's mistake ends in one line, rank 0's if all make it; status 2."""
     try:
@@ -586,6 +681,10 @@ def run_main(main):
         message = re.sub(r"(?s)Caught .*\n\w+: ", "", str(error).strip())
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:                   # loader workers ignore the SIGTERM with which Python would end them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise
+        for child in multiprocessing.active_children():
+            child.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -930,7 +1029,7 @@ class Config:
     data: str = flag("data", "data root, a folder per set")
     make_demo: str = flag("", "draw the demo streets into this folder, and list them")
     seed: int = flag(0, "seed of --make-demo", least=0)
-    all_files: bool = flag(False, "open every image and label, not only three of each split")
+    all_files: bool = flag(False, "open every file, not only up to 100 of each split")
     show: int = flag(0, "pictures of so many samples of each labelled split, below runs/sheets")
 
 
@@ -938,7 +1037,7 @@ def check_split(root, name, split, config):
     """Print the line of one split. Returns the problems found in it, None where it is not there."""
     try:
         images, labels, *_ = scan(root, name, split)[1]
-        if not images or DATASETS[name].sparse and not labels:
+        if not images or not labels and DATASETS[name].gaps >= len(images):
             return None
         needed = labels or name not in ("dark_zurich", "nightcity")       # of the pools
         labelled = bool(needed and split not in DATASETS[name].unlabelled)
@@ -948,15 +1047,12 @@ def check_split(root, name, split, config):
     counts = [sum(bool(sample[k]) for sample in samples) for k in range(3)]    # label, invalid too
     print(f"{name:<20}{split:<7}" + "".join(f"{n:>8}" for n in counts) + "  " + ", ".join(
         f"{c} {n}" for c, n in sorted(Counter(s.condition for s in samples).items())))
-    spread = np.linspace(0, len(samples) - 1, config.show or 3, dtype=int)
-    few = [samples[i] for i in np.unique(spread)]
-    checked = EvalSet(samples if config.all_files else few, len(classes))
-    loader = torch.utils.data.DataLoader(checked, None, num_workers=2 * config.all_files)
-    opening = progress(loader, len(checked), "opened") if config.all_files else loader
     problems = [f"{labels[s]} has no image" for s in labels.keys() - images.keys() if labelled]
-    problems += [found[0] for _, *found in opening if len(found) == 1]
-    for k, sample in enumerate(few if config.show and labelled and not problems else ()):
-        save_png(show(sample, classes), f"runs/sheets/{name}-{split}-{k}.png")
+    most = len(samples) if config.all_files else 100 if labelled else 3
+    problems += look_through(samples, classes, f"{name} {split}", 2, most)
+    spread = np.linspace(0, len(samples) - 1, config.show).astype(int)
+    for k, i in enumerate(np.unique(spread) if labelled and not problems else ()):
+        save_png(show(samples[i], classes), f"runs/sheets/{name}-{split}-{k}.png")
     return problems
 
 
@@ -981,6 +1077,7 @@ def main():
     absent = [name for name, splits in found.items() if splits.count(None) == len(splits)]
     print(f"\nnot found: {', '.join(absent)}")
     problems = [problem for splits in found.values() for split in splits for problem in split or ()]
+    problems += misplaced(root, absent)
     for problem in problems:
         print(f"wrong: {problem}")
     require((len(absent) < len(DATASETS), f"none of the sets is below {root}; give --data"),

@@ -1,7 +1,6 @@
 """Evaluate checkpoints: mIoU, UIoU, AUIoU and ECE per condition, pictures, submissions, scoring.
 
     python evaluate.py --temperature 0.67
-    python evaluate.py --checkpoint runs/driving/best.pt --val acdc --temperature 0.67 1.0 fit
     torchrun --nproc_per_node=8 evaluate.py --checkpoint a.pt b.pt --scales 1 1.5 2 --flip
     python evaluate.py --plots plots --panels 3 --out panels --json numbers.json
     python evaluate.py --images photos --out predicted     any images: ids, confidence, overlay
@@ -29,9 +28,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, PRECISIONS, EvalSet, Sample, autocast, colour,
-                  differences, flag, gather, gathered, ignore_sigterm, is_first, opened, palette_of,
+                  differences, flag, gather, gathered, is_first, load, opened, palette_of,
                   parse_flags, progress, read_image, read_sample, require, run_main, save_png, say,
-                  start_processes, whole_file)
+                  start_processes, to_json, whole_file)
 from swiftnet import load_checkpoint, predict
 
 CELLS = 1000               # midpoints of the integral mean that is AUIoU
@@ -151,20 +150,26 @@ def confidence(below, temperature):
 def predictions(models, samples, rank=0, world=1, precision="auto", workers=0, damaged=None, **how):
     """Yield (index, logits (C, H, W), ids, invalid) of samples[rank::world], one image a forward.
 
-    how: scales, flip, tile, as in swiftnet.predict. A damaged file ends in ValueError; where
-    `damaged` is a list, its message goes there, and the image is passed over."""
+    how: scales, flip, tile, as in swiftnet.predict. A damaged file, or too large a photo, ends in
+    ValueError; where `damaged` is a list, its message goes there, and the image is passed over."""
     device, share = models[0].mean.device, samples[rank::world]
-    loader = torch.utils.data.DataLoader(
-        EvalSet(share, models[0].num_classes), None, num_workers=workers,
-        worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda")
+    loader = load(EvalSet(share, models[0].num_classes), workers)
     for index, image, *target in progress(loader, len(share), "images"):
-        if isinstance(image, str):
-            require((damaged is not None, image))
-            print(f"passed over: {image}", flush=True)
-            damaged.append(image)
+        message = image if isinstance(image, str) else ""
+        try:
+            with autocast(device, precision):
+                logits = message or predict(models, image, **how)
+        except RuntimeError as error:
+            asked = re.search(r"(?i)tried to allocate ([\d.]+ \w+)", str(error))
+            if not asked:
+                raise
+            message = (f"{share[index].image}: {asked[1]} of memory were asked for, for its "
+                       f"{image.shape[2]} x {image.shape[1]} pixels; try --tile 1024")
+        if message:
+            require((damaged is not None, message))
+            print(f"passed over: {message}", flush=True)
+            damaged.append(message)
             continue
-        with autocast(device, precision):
-            logits = predict(models, image, **how)
         require((logits.sum().isfinite(), f"logits of {share[index].image} are not finite; try "
                  "--precision fp32, or another checkpoint"))
         yield rank + world * index, logits, *target
@@ -252,7 +257,7 @@ def fit_temperature(models, samples, **how):
     """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20], 4 digits."""
     kept, limit = [], max(1, min(4096, 2 ** 20 // max(len(samples), 1)))         # pixels an image
     for index, logits, ids, _ in predictions(models, samples, **how):
-        at = np.flatnonzero(ids != IGNORE)                       # at random: a grid may be a column
+        at = np.flatnonzero(ids != IGNORE)         # at random: even steps may stay in a few columns
         at = torch.from_numpy(np.random.default_rng(index).choice(
             at, min(limit, len(at)), replace=False))
         kept.append((index, logits.flatten(1).cpu()[:, at].double(), ids.flatten()[at].long()))
@@ -303,13 +308,6 @@ def write(draw, at, text, size=40, anchor="lm"):
     draw.text(at, text, INK, ImageFont.load_default(size=size), anchor=anchor)
 
 
-def dashed(draw, start, end, fill):
-    """A dashed straight line."""
-    points = np.linspace(start, end, 2 * math.ceil(math.dist(start, end) / 30))
-    for one, other in zip(points[::2], points[1::2]):
-        draw.line((*one, *other), fill, 6)
-
-
 def axes(canvas, box, x_ticks, y_ticks, x_label, y_label):
     """Draw axes into a pixel box, a grid at the ticks {value: text}. Returns (x, y) -> pixel."""
     draw, (left, top, right, bottom) = ImageDraw.Draw(canvas), box
@@ -326,9 +324,7 @@ def axes(canvas, box, x_ticks, y_ticks, x_label, y_label):
         write(draw, (left - 16, place(x0, y)[1]), text, anchor="rm")
     draw.rectangle(box, outline=INK, width=3)
     write(draw, ((left + right) / 2, bottom + 68), x_label, 44, "mt")
-    turned = Image.new("RGB", (bottom - top, 60), "white")
-    write(ImageDraw.Draw(turned), ((bottom - top) / 2, 30), y_label, 44, "mm")
-    canvas.paste(turned.rotate(90, expand=True), (left - 170, top))
+    write(draw, (left, top - 34), y_label, 44)
     return place
 
 
@@ -346,11 +342,11 @@ def plot(title, rows, temperatures):
     curve = axes(canvas, (220, 160, 1640, 1160), x_ticks, y_ticks, "threshold, %", "UIoU, %")
     accuracy = axes(canvas, (1960, 160, 3120, 790), ticks, ticks, "", "accuracy, %")
     decades = {-4: "0.01", -3: "0.1", -2: "1", -1: "10", 0: "100"}
-    share = axes(canvas, (1960, 880, 3120, 1160), ticks, decades, "confidence, %", "pixels, %")
+    share = axes(canvas, (1960, 920, 3120, 1160), ticks, decades, "confidence, %", "pixels, %")
     for y, level, fill, name in ((1340, oracle, GREY, "oracle: UIoU"),
                                  (1410, miou, INK, "nothing marked invalid: mIoU")):
-        dashed(draw, curve(theta[0], level), curve(1, level), fill)
-        dashed(draw, (220, y), (330, y), fill)
+        draw.line((*curve(theta[0], level), *curve(1, level)), fill, 4)
+        draw.line((220, y, 330, y), fill, 4)
         write(draw, (360, y), f"{name} {100 * level:.1f}", 44)
     width = 0.84 / ECE_BINS / len(rows)
     for i, (row, temperature) in enumerate(zip(rows, temperatures)):
@@ -366,7 +362,7 @@ def plot(title, rows, temperatures):
         draw.line((1960, y, 2070, y), fill, 10)
         write(draw, (2100, y), f"T = {temperature:g}: AUIoU {100 * row['auiou']:.1f}, ECE "
               f"{row['ece']:.3f}", 44)
-    dashed(draw, accuracy(0, 0), accuracy(1, 1), INK)
+    draw.line((*accuracy(0, 0), *accuracy(1, 1)), INK, 4)
     return canvas.reduce(2)
 
 
@@ -395,7 +391,8 @@ def sheet(sample, classes, prediction, q, temperature, width=600):
              (1, 0): ("ground truth", colour(ids, palette)),
              (2, 0): (f"{name}: black", Image.fromarray(np.uint8(255 * ~black)))}
     if sample.reference:
-        cells[3, 0] = "reference in clear weather", read_image(sample.reference)
+        reference = sample._replace(image=sample.reference)
+        cells[3, 0] = "reference in clear weather", read_image(reference)
     for column, threshold in enumerate((0, 0.75, 0.95)):
         shown, withheld = np.where(q > threshold, prediction, IGNORE), (q <= threshold).mean()
         title = f"confidence > {threshold:.0%}, {withheld:.0%} withheld"
@@ -465,7 +462,7 @@ def write_predictions(models, samples, names, out, folders, settings, how):
         q = confidence(below, settings["temperature"]).cpu().numpy()
         for folder in folders:
             if folder == "overlay":
-                photo = read_image(samples[left[at]].image)
+                photo = read_image(samples[left[at]])
                 picture = Image.blend(photo, colour(y, palette_of(settings["classes"])), 0.5)
             elif folder == "confidence":
                 picture = Image.fromarray(np.uint16(np.round(np.float64(q) * 65535)))
@@ -508,12 +505,12 @@ def write_submission(path, kind, names, parts, size):
 class Config:
     """The flags of evaluate.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (default: the newest run)")
-    data: str = flag("", "data root (default: that of the checkpoint)")
-    val: tuple = flag((), "sets, NAME@SPLIT:PART,PART or less of it (default: of the checkpoint)")
+    data: str = flag("", "data root (default: the checkpoint's)")
+    val: tuple = flag((), "sets, NAME[@SPLIT][:PART,PART] (default: the checkpoint's)")
     split: str = flag("", "split to evaluate (default: val, or test for --submit)")
     temperature: tuple = flag(
         (1.0,), "softmax temperatures (files take the first); fit: the likeliest on half of the "
-        "images, the tables being of the others", type=lambda t: t if t == "fit" else float(t))
+        "images, tables of the other half", type=lambda t: t if t == "fit" else float(t))
     thresholds: int = flag(0, f"points of [1/C, 1] (default: middles of {CELLS} cells)", least=2)
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
@@ -567,10 +564,8 @@ def report(config, results, samples, classes, about):
     if config.json:
         content = {**about, "classes": classes, "images": counts, "temperatures": temperatures,
                    "results": rows}
-        text = json.dumps(content, default=torch.Tensor.tolist)         # NaN, which is no JSON,
-        content = json.loads(text, parse_constant=lambda name: None)    # becomes null
         with whole_file(config.json) as temporary:
-            temporary.write_text(json.dumps(content) + "\n")
+            temporary.write_text(to_json(content) + "\n")
     for name, group in rows.items() if config.plots and about["confidence"] else ():
         if group[0]["pixels"]:
             save_png(plot(f"{name}, {counts[name]} images", group, temperatures),
@@ -604,7 +599,7 @@ def predict_files(config, models, state, about, how):
         write_submission(path, kind, names, out, sizes.pop())
         shutil.rmtree(out)
     say(f"{path if config.submit else out}: {', '.join(folders)} of {len(samples) - damaged} images"
-        + f", {damaged} passed over as damaged" * bool(damaged))
+        + f", {damaged} passed over" * bool(damaged))
 
 
 def main():
@@ -631,7 +626,8 @@ def main():
     samples, _, classes = gather(root, sets, config.split or "val")
     require((classes == state["classes"], f"{sets} have other classes than the checkpoint's "
              f"{len(state['classes'])} ({state['classes'][0]}, ...); name others with --val"))
-    say(f"{len(samples)} images of {' '.join(sets)} ({config.split or 'val'}) below {root}")
+    say(f"{len(samples)} images of {' '.join(sets)} below {root}, split {config.split or 'val'}"
+        " where none is named")
     temperatures = config.temperature
     if "fit" in temperatures:
         samples.sort(key=lambda sample: sample.condition)
@@ -642,7 +638,8 @@ def main():
     panels = panel_writer(samples, config.panels, config.out, classes, temperatures[0])
     results = evaluate(models, samples, temperatures, config.thresholds,
                        panels if config.panels else None, **how)
-    report(config, results, samples, classes, {**about, "sets": sets, "confidence": True})
+    about.update(temperature=temperatures[0], sets=sets, confidence=True)
+    report(config, results, samples, classes, about)
 
 
 if __name__ == "__main__":

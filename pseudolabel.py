@@ -24,7 +24,7 @@ from evaluate import (confidence, count, images_below, keep_settings, load_ensem
                       top_class)
 
 CELLS, SAMPLE = 4096, 200      # of the histograms behind --class-share; images they are taken from
-LOWEST, FEWEST = 0.5, 1000     # threshold it may give, and pixels that a class must have for it
+LOWEST, FEWEST = 0.5, 1000     # threshold it may set; pixels below which it leaves a class alone
 COLUMNS = ["image", "label", "pool", "kept", "confidence", "selected"]     # then pixels per class
 
 
@@ -32,8 +32,8 @@ COLUMNS = ["image", "label", "pool", "kept", "confidence", "selected"]     # the
 class Config:
     """The flags of pseudolabel.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (none: only --select)")
-    pools: tuple = flag((), "pools, NAME@SPLIT:PART,PART*SHARE or less of it; NAME may be a folder")
-    data: str = flag("data", "data root, above all pools")
+    pools: tuple = flag((), "pools, NAME[@SPLIT][:PART,PART][*SHARE], or folders of images")
+    data: str = flag("data", "data root; every pool lies below it")
     out: str = flag("pseudo/v1", "output folder")
     threshold: float = flag(0.99, "confidence that a pixel needs to keep its label")
     class_share: float = flag(0.0, "share of a class's pixels kept at least, by a lower threshold")
@@ -56,7 +56,7 @@ def pool_samples(config, classes):
     samples = {}
     for pool in config.pools:
         name, _, _, share = parse_name(pool, mark="")
-        require((share <= 1, f"{pool}: the weight of a pool is the share of it, at most 1"))
+        require((share <= 1, f"{pool}: a pool's weight is the share of its images, at most 1"))
         if name in DATASETS:
             found, _, known = gather(config.data, [pool], "train", labelled=False)
             require((known == classes, f"{pool}: not the checkpoint's classes; name the folder"))
@@ -72,9 +72,9 @@ def pool_samples(config, classes):
 
 
 def class_thresholds(models, samples, config, how):
-    """(C,) thresholds: --threshold, or lower, but not below LOWEST, where a class would keep less
-    than --class-share of its pixels. They are read from histograms over SAMPLE images spread evenly
-    over the pools, for classes with FEWEST pixels there."""
+    """(C,) thresholds: --threshold, lowered (to LOWEST at least) for classes that would keep less
+    than --class-share of their pixels. They are read from histograms over SAMPLE images, spread
+    evenly over the pools, for classes with FEWEST pixels there."""
     classes, device = models[0].num_classes, models[0].mean.device
     thresholds = torch.full((classes,), config.threshold)
     if not config.class_share:

@@ -20,7 +20,7 @@ from convnext import SIZES, convnext, read_tensors
 
 MEAN = (123.675, 116.28, 103.53)       # ImageNet, in grey levels of 0..255
 STD = (58.395, 57.12, 57.375)
-PADDING_COLOUR = (124, 116, 104)       # MEAN as a crop can hold it: what lies beyond an image
+PADDING_COLOUR = (124, 116, 104)       # MEAN in uint8: what lies beyond an image
 LARGEST_SHORT_SIDE = 1080              # larger photos are brought to this, to train and to predict
 LADDER = {"convnext_large": 320, "convnext_xlarge": 320,            # width; 128 for smaller sizes
           **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base"), 256)}
@@ -61,7 +61,7 @@ class SwiftNet(nn.Module):
         height, width = images.shape[-2:]
         coarsest = 32 * 2 ** (self.levels - 1)                     # stride of the coarsest feature
         x = F.pad(images - self.padding, (0, -width % coarsest, 0, -height % coarsest))
-        x = (x + self.padding - self.mean) / self.std              # padded with that colour
+        x = (x + self.padding - self.mean) / self.std              # the padding is PADDING_COLOUR
         padded = x.shape[-2:]
         x = x.contiguous(memory_format=torch.channels_last)        # LayerNorm and Linear need it
 
@@ -139,12 +139,11 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
 def forward_tiled(model, images, tile=None):
     """Logits of (B, 3, H, W), computed on tiles of `tile` pixels that overlap by half. Of each the
     quarter at every inner edge is dropped (the near one cut, the far one overwritten by the next
-    tile): exact if the receptive field ends within it. With three levels that takes tiles of
-    1024."""
+    tile): exact if the receptive field ends within it, and close with the sides asked for here."""
     height, width = images.shape[-2:]
     if not tile:
         return model(images)
-    least = 1024 if model.levels > 2 else 512
+    least = 512 * 2 ** max(0, model.levels - 2)
     if tile < 0 or tile % least:
         raise ValueError(f"--tile must be a multiple of {least} pixels, found {tile}")
     if tile >= max(height, width):

@@ -2,7 +2,6 @@
 
     torchrun --nproc_per_node=8 train.py                    the deck's recipe on the sets in data/
     torchrun --nproc_per_node=2 train.py --recipe demo      generated streets, minutes on two cores
-    torchrun --nproc_per_node=2 train.py --recipe camvid    CamVid from scratch
     python train.py --checkpoint-blocks                     one GPU, the same global batch
 
 A run writes last.pt, best.pt and log.jsonl into runs/<recipe>; the same command continues an
@@ -29,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained, read_tensors
 from data import (ANNOTATED, DATASETS, PRECISIONS, TrainSet, autocast, count_classes, differences,
-                  draw_demo, epoch_keys, flag, gather, gathered, half_type, ignore_sigterm,
-                  is_first, lock_folder, parse_flags, parse_name, require, run_main, say, scan,
-                  start_processes, step_keys, whole_file)
+                  draw_demo, epoch_keys, flag, gather, gathered, half_type, is_first, load,
+                  lock_folder, look_through, misplaced, parse_flags, parse_name, require, run_main,
+                  say, scan, start_processes, step_keys, to_json, whole_file)
 from evaluate import count_conditions, evaluate, summary_table
 from losses import ALPHAS, GAMMA, PADDING, boundary_aware_focal_loss, boundary_weights
 from swiftnet import build, compiled, load_checkpoint
@@ -46,7 +45,7 @@ class Config:
     recipe: str = flag("driving", "defaults to start from, flags override them",
                        choices=("driving", "ade20k", "camvid", "demo"))
     data: str = flag("data", "data root, a folder per set")
-    train: tuple = flag((), "sets, NAME@SPLIT:PART,PART*WEIGHT or less of it (default: annotated)")
+    train: tuple = flag((), "sets, NAME[@SPLIT][:PART,PART][*WEIGHT] (default: annotated)")
     pseudo: tuple = flag((), "folders of pseudolabel.py to train on as well, with *WEIGHT")
     val: tuple = flag((), "sets to validate on (default: acdc if it is there, else cityscapes)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
@@ -65,7 +64,7 @@ class Config:
     zoom: tuple = flag((0.5, 2.0), "range of the random zoom", nargs=2)
     jitter: float = flag(0.0, "brightness, contrast, saturation scaled by 1 - jitter .. 1 + jitter")
     uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly")
-    gamma: float = flag(GAMMA, "exponent of the focal factor; 0 is without it")
+    gamma: float = flag(GAMMA, "exponent of the focal factor; 0 turns it off")
     alphas: tuple = flag(ALPHAS, "weights from the boundary outwards", nargs=5, type=float)
     lr: float = flag(4e-4, "learning rate of ladder and head", least=0)
     backbone_lr: float = flag(1e-4, "learning rate of backbone and laterals", least=0)
@@ -141,12 +140,17 @@ def read_sets(config):
     annotated = {sample.image for sample in samples if sample.dataset in DATASETS}
     both = sorted(annotated & {sample.image for sample in val_samples})
     require((classes == val_classes, f"{names[0]} and --val {config.val[0]} differ in classes"),
-            (not both, f"{len(both)} images are trained and validated on, first {both[:1]}"))
+            (not both, f"{len(both)} images are in --train and in --val, first {both[:1]}"))
+    for use, group in (("train", samples), ("val", val_samples)) if is_first() else ():
+        for name in sorted({sample.dataset for sample in group} & {*DATASETS}):
+            own = [sample for sample in group if sample.dataset == name]
+            problems = look_through(own, classes, f"{name} {use}", config.workers)
+            require(*((False, problem) for problem in problems))
     return samples, weights, classes, val_samples
 
 
 def train(config, rank, world, device):
-    """Run the training that `config` describes, from its beginning or where its folder stands."""
+    """Run the training that `config` describes, from its beginning or from its last checkpoint."""
     samples, weights, classes, val_samples = read_sets(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
@@ -173,19 +177,21 @@ def train(config, rank, world, device):
     counts = gathered(count_classes(samples, len(classes), config.workers) if counting else None)[0]
     keys_of = functools.partial(epoch_keys, weights, config.batch * steps_per_epoch, config.seed,
                                 counts=counts, uniform=config.uniform_classes)
-    loader = torch.utils.data.DataLoader(
+    loader = load(
         TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter),
-        batch_sampler=step_keys(keys_of, steps_per_epoch, run.step, total, rank, world),
-        num_workers=config.workers, worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda")
+        config.workers, step_keys(keys_of, steps_per_epoch, run.step, total, rank, world))
     say(f"{run.folder}: step {run.step} of {total}, {steps_per_epoch} an epoch of {len(samples)} "
         f"images of {' '.join(config.train + config.pseudo)}; {config.backbone} on {world} x "
         f"{device.type}")
-    together = world * min(config.batch_per_process, config.batch // world)
+    together = min(config.batch_per_process, config.batch // world)
+    together *= world if device.type == "cuda" else 1                # as SyncBatchNorm is there
     if together < 3:
         say(f"BatchNorm sees {together} image(s) at a time, too few for its statistics: give a "
             "larger --batch-per-process, with --checkpoint-blocks where memory is short")
 
+    run.awaiting = True
     for step, (images, ids) in enumerate(loader, run.step):
+        run.awaiting = False
         torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + rank) % 2 ** 63)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, group["peak"], config.warmup, total)
@@ -195,12 +201,11 @@ def train(config, rank, world, device):
         loss = take_step(network, optimizer, scaler, images, ids, config, world)
 
         run.step = done = step + 1
-        stopping = run.stopping
         epoch_end = done % (steps_per_epoch * config.val_every) == 0 or done == total
         saving, logging = epoch_end or done % config.save_every == 0, done % config.log_every == 0
         if (saving or logging) and world > 1:
             dist.all_reduce(loss)
-        if saving or logging or stopping:
+        if saving or logging:
             run.check_finite(loss)
         if logging:
             run.report(loss.item(), done / steps_per_epoch)
@@ -209,17 +214,18 @@ def train(config, rank, world, device):
             if miou["all"] > run.best:
                 run.best = miou["all"]
                 run.save("best.pt")
-        if saving or stopping:
+        if saving:
             run.save("last.pt")
-        if stopping and done < total:
-            raise SystemExit(f"{run.folder}: stopped by SIGTERM; the same command continues")
+        run.awaiting = done < total
+        if run.stopping:
+            run.stop()
     say("untrained: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in run.untrained.items()))
     say(f"best.pt: mIoU {100 * run.best:.2f}\n"
         f"next: python evaluate.py --checkpoint {run.folder}/best.pt --temperature 0.67")
 
 
 def validate(run, model, samples, rank, world):
-    """{condition: mIoU} of the validation samples at their native size, printed and logged."""
+    """{condition: mIoU} of the validation samples, scored at native size, printed and logged."""
     torch.backends.cudnn.benchmark = False                  # images come in many sizes
     for buffer in model.buffers() if world > 1 else ():    # after a step they differ: take rank 0's
         dist.broadcast(buffer, 0)
@@ -227,7 +233,6 @@ def validate(run, model, samples, rank, world):
                        precision=run.config.precision, workers=min(run.config.workers, 4))
     model.train()
     results = {condition: group[0].compute() for condition, group in results.items()}
-    require((results["all"]["pixels"], f"not one labelled pixel in --val {run.config.val}"))
     say("\n".join(["", *summary_table(results, count_conditions(samples))]))
     miou = {condition: r["miou"] for condition, r in results.items()}
     run.log(miou=miou)
@@ -289,8 +294,7 @@ def make_optimizer(model, config, device, state):
 
 # --- the run folder -----------------------------------------------------------------------------
 
-# Flags that may differ between a run and its continuation: they do not change what is learned but
-# for rounding.
+# Flags that may differ between a run and its continuation: they change rounding at most.
 FREE = "out compile checkpoint_blocks precision save_every log_every workers".split()
 LEAST_SCALE = 2.0 ** -10       # of fp16's loss; it begins at 2^16 and halves at every overflow
 
@@ -299,7 +303,7 @@ class Run:
     """The folder of a run: where it stands, its checkpoints, its log, and its end by SIGTERM."""
 
     def __init__(self, config, data):
-        self.config, self.data, self.stopping = config, data, False
+        self.config, self.data, self.stopping, self.awaiting = config, data, False, False
         self.folder = Path(config.out or f"runs/{config.recipe}")
         self.step, self.best, self.untrained, self.state = 0, -1.0, None, None
         if (self.folder / "last.pt").exists():
@@ -318,9 +322,8 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.classes, self.total, self.state = classes, total, None         # lets go of its tensors
         self.began, self.since = time.monotonic(), (time.monotonic(), self.step)
-        # Rank 0 saves at its next step end. The others must keep stepping for it, and end in 20 s.
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True) if is_first()
-                      else signal.alarm(20))
+        # Rank 0 ends between two steps. The others must keep stepping for it, and end in 20 s.
+        signal.signal(signal.SIGTERM, lambda *_: self.stop() if is_first() else signal.alarm(20))
         if is_first():
             self.lock, path = lock_folder(self.folder), self.folder / "log.jsonl"
             lines = path.read_text().splitlines() if self.untrained and path.exists() else []
@@ -330,12 +333,21 @@ class Run:
                     and json.loads(line)["step"] <= self.step))
         self.log(config=dataclasses.asdict(self.config), total=total, torch=str(torch.__version__))
 
+    def stop(self):
+        """On SIGTERM: save and end, at once where a batch is awaited, else after the step."""
+        self.stopping = True
+        if self.awaiting:
+            self.awaiting = False
+            self.check_finite()
+            self.save("last.pt")
+            raise SystemExit(f"{self.folder}: stopped by SIGTERM; the same command continues")
+
     def log(self, **record):
         """Append a line to log.jsonl on rank 0."""
         if is_first():
             record["seconds"] = time.monotonic() - self.began
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **record}) + "\n")
+                file.write(to_json({"step": self.step, **record}) + "\n")
 
     def report(self, loss, epoch):
         """Print and log loss, rate and memory since the last report."""
@@ -348,15 +360,14 @@ class Run:
         self.log(epoch=epoch, loss=loss, lr=self.optimizer.param_groups[0]["lr"],
                  images_per_second=rate * images, gib=gib)
 
-    def check_finite(self, loss):
+    def check_finite(self, *loss):
         """Raise ValueError, on all processes, before anything is saved that is not finite."""
-        finite = all(t.isfinite().all() for t in (loss, *self.model.state_dict().values()))
+        finite = all(t.isfinite().all() for t in (*loss, *self.model.state_dict().values()))
+        remedy = "Continue with --precision fp32, or begin with a lower --lr and another --out"
         require((finite, f"the loss of step {self.step}, or what it made of the weights, is not "
-                 "finite; earlier checkpoints are intact. Go on with --precision fp32 from there, "
-                 "or begin with a lower --lr and another --out"),
+                 f"finite; earlier checkpoints are intact. {remedy}"),
                 (not self.scaler.is_enabled() or self.scaler.get_scale() >= LEAST_SCALE,
-                 f"step {self.step}: gradients overflow float16 at any scale, nothing is learned. "
-                 "Go on with --precision fp32, or begin with a lower --lr and another --out"))
+                 f"step {self.step}: gradients overflow float16 at any scale. {remedy}"))
 
     def save(self, name):
         """Write a checkpoint on rank 0: tensors and plain values, readable without running code."""
@@ -401,10 +412,11 @@ def main():
     rank, world, device = start_processes()
 
     def found(names, split):
+        require(*((False, message) for message in misplaced(config.data, names)))
         return tuple(name for name in names if scan(config.data, name, split)[1][0])
     config = dataclasses.replace(config, train=config.train or found(ANNOTATED, "train"),
                                  val=config.val or found(("acdc", "cityscapes"), "val")[:1])
-    require((config.batch % world == 0, f"--batch {config.batch} / {world} processes has a rest"),
+    require((config.batch % world == 0, f"--batch {config.batch} is no multiple of {world}"),
             (config.train and config.val, f"--data {config.data} holds none of {ANNOTATED}, or "
              "neither acdc nor cityscapes to validate on; name --train, --val, or --recipe demo"))
     train(config, rank, world, device)
