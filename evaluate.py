@@ -332,7 +332,7 @@ def plot(title, rows, temperatures):
     """Pillow image: UIoU against theta, accuracy and pixels by confidence. rows: one per T."""
     canvas = Image.new("RGB", (3200, 1360 + 70 * max(2, len(rows))), "white")   # reduced at the end
     draw = ImageDraw.Draw(canvas)
-    write(draw, (80, 80), title, 64)
+    write(draw, (80, 50), title, 64)
     theta, miou, oracle = rows[0]["thresholds"].tolist(), rows[0]["miou"], rows[0]["oracle"]
     low = math.floor(10 * min(0.99, miou, *(row["uiou"].min().item() for row in rows)))
     high = min(10, math.ceil(10 * oracle + 0.2))
