@@ -135,7 +135,7 @@ RENAMES = (       # names of timm, torchvision, Hugging Face, mmpretrain -> ours
     (r"(?<=\d)\.(layernorm|block\.2)\.", ".norm."),
     (r"\.(mlp\.fc1|block\.3|pointwise_conv1)\.", ".pwconv1."),
     (r"\.(mlp\.fc2|block\.5|pointwise_conv2)\.", ".pwconv2."))
-BACKBONE = r"(?:^|(?<=\.))(downsample_layers|stages|stem|features|embeddings)[._].*"
+BACKBONE = r"(.*\.)?((downsample_layers|stages|stem|features|embeddings)[._].*)"
 
 
 def networks_in(tree, path=""):
@@ -143,12 +143,12 @@ def networks_in(tree, path=""):
     Classifiers, decoders and the norms of feature extractors have none of its names."""
     found = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not str(name).startswith("optim"):
             for prefix, tensors in networks_in(value, f"{path}{name}.").items():
                 found.setdefault(prefix, {}).update(tensors)
         elif isinstance(value, torch.Tensor):
-            if part := re.search(BACKBONE, name := f"{path}{name}"):
-                prefix, name = name[:part.start()].replace("encoder.", ""), part[0]
+            if parts := re.fullmatch(BACKBONE, f"{path}{name}"):
+                prefix, name = (parts[1] or "").replace("encoder.", ""), parts[2]
                 for pattern, ours in RENAMES:
                     name = re.sub(pattern, ours, name)
                 found.setdefault(prefix, {})[name] = value
@@ -234,4 +234,4 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     return {name: torch.frombuffer(data, dtype=DTYPES[entry["dtype"]],
                                    count=math.prod(entry["shape"]), offset=entry["data_offsets"][0])
-            .reshape(entry["shape"]) for name, entry in header.items()}
+            .reshape(entry["shape"]) for name, entry in header.items() if entry["dtype"] in DTYPES}

@@ -32,7 +32,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import default_collate, default_convert, get_worker_info
 
 from losses import IGNORE, PADDING
@@ -67,7 +67,7 @@ ADE20K_CLASSES = tuple(map(str.strip, """
   hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
   board, shower, radiator, glass, clock, flag""".split(",")))
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
-# A value beyond its table is an error; 255 means "ignore" in every set.
+# A value beyond its table is an error. Among train ids, 255 means "ignore".
 CITYSCAPES_TABLE = (*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11,
                     12, 13, 14, 15, 255, 255, 16, 17, 18, 255)               # 34: licence plate
 VISTAS_TABLE = (
@@ -139,8 +139,8 @@ DATASETS = {
         for labels in ("gtFine", "gtFine_trainvaltest/gtFine")],
         table=CITYSCAPES_TABLE, condition=lambda stars: "clear"),
     "vistas": Dataset("vistas", [          # v1.2, also inside the v2.0 download
-        Layout("{split}/images/*.jpg", "{split}/v1.2/labels/*.png"),
-        Layout("{split}/images/*.jpg", "{split}/labels/*.png")], TRAINING, table=VISTAS_TABLE),
+        Layout("{split}/images/*.jpg", f"{{split}}/{version}labels/*.png")
+        for version in ("v1.2/", "")], TRAINING, table=VISTAS_TABLE),
     "bdd100k": Dataset("bdd100k", [
         Layout("images/10k/{split}/*.jpg", "labels/sem_seg/masks/{split}/*.png"),
         Layout("seg/images/{split}/*.jpg", "seg/labels/{split}/*_train_id.png")], gaps=6),
@@ -173,10 +173,9 @@ DATASETS = {
     "nightowls": Dataset("nightowls", [Layout("nightowls_{split}/*.png")], TRAINING,
                          ("train", "val", "test"), condition=lambda stars: "night"),
     "nightcity": Dataset("nightcity", [
-        Layout("NightCity-images/images/{split}/*.png",
-               "NightCity-label/label/{split}/*_labelIds.png"),
-        Layout("images/{split}/*.png", "label/{split}/*_labelIds.png")], table=CITYSCAPES_TABLE,
-        condition=lambda stars: "night"),
+        Layout(f"{images}images/{{split}}/*.png", f"{labels}label/{{split}}/*_labelIds.png")
+        for images, labels in [("NightCity-images/", "NightCity-label/"), ("", "")]],
+        table=CITYSCAPES_TABLE, condition=lambda stars: "night"),
     "stf": Dataset("stf", [Layout("cam_stereo_left_lut/*.png")], {"train": ""}, ("train",)),
     "bdd100k_100k": Dataset("bdd100k", [Layout("images/100k/{split}/*.jpg")],
                             unlabelled=("train", "val", "test"), leaks_into="bdd100k"),
@@ -261,9 +260,11 @@ def find_samples(root, name, split, labelled=True):
                               references.get(stars, ""), dataset, row.condition(stars),
                               segments.get(Path(label).name, ())))
     image, label = (folder / pattern.format(split=row.splits[split]) for pattern in layout[:2])
+    lonely = sorted(labels[s] for s in labels.keys() - images.keys()) if labelled else []
     require((samples or bare or images and unmatched, f"no {split} images of {dataset} at {image}; "
              "put the set there, or name another --data"),
             (not unmatched, f"{dataset} {split} has nothing of {', '.join(sorted(unmatched))}"),
+            (not lonely, f"{len(lonely)} labels have no image: {', '.join(lonely[:6])}"),
             (not bare or samples and len(bare) <= row.gaps,
              f"{dataset} {split}: {len(bare)} images lack {label}, or what belongs to it: "
              f"{', '.join(bare[:6])}; fetch the labels, or remove the images"))
@@ -300,14 +301,14 @@ def classes_of(root, name):
     return classes
 
 
-def misplaced(root, names):
-    """Messages on folders of these sets that are there and hold no image of any set."""
+def misplaced(root, names, *wanted):
+    """Messages on folders of these sets that hold no image of any set in the wanted splits."""
     for folder in sorted({DATASETS[name].folder for name in names}):
         rows = {name: row for name, row in DATASETS.items() if row.folder == folder}
-        splits = ((name, split) for name, row in rows.items() for split in row.splits)
+        splits = ((name, split) for name, row in rows.items() for split in wanted or row.splits)
         if os.path.lexists(Path(root) / folder) and not any(scan(root, *x)[1][0] for x in splits):
-            yield (f"{Path(root) / folder} has no {[*rows.values()][0].layouts[0].image}; move its "
-                   "files there, or remove it")
+            yield (f"{Path(root) / folder} has no {' '.join([*wanted, 'images'])}, as "
+                   f"{[*rows.values()][0].layouts[0].image}; move them there, or remove it")
 
 
 def gather(root, names, split, labelled=True):
@@ -347,7 +348,7 @@ def opened(path, *modes, size=None, upright=False, formats=("PNG", "JPEG")):
 
 def is_turned(image):
     """Whether a Pillow image has an EXIF orientation that a viewer follows."""
-    return "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return "exif" in image.info and image.getexif().get(0x0112) in range(2, 9)
 
 
 def read_image(sample, zoom=1.0, size=None):
@@ -376,13 +377,16 @@ def open_label(sample, size=None):
 
 def to_ids(image):
     """8-bit Pillow image of the ids in a label PNG: its grey values, or its palette's indices."""
+    coding = image.tile[0][3] if image.tile else ""                # Pillow makes 8 bits of these
+    require((coding not in ("L;2", "L;4") and "16B" not in coding[3:], f"PNG of {coding}; save the "
+             "ids as 8-bit grey"))
     values = np.asarray(image)
     if image.mode == "P":
         used = np.flatnonzero(image.histogram())
         colours = np.resize(image.getpalette(), (256, 3))[used]
         grey = (colours == colours[:, :1]).all() and (colours[:, 0] != used).any()
-        require((not grey, "a tool has put the ids into a palette of greys, whose indices are no "
-                 "ids; save it as Image.convert('L')"))
+        require((not grey, "its palette is of other greys than its indices, so either may be the "
+                 "ids; save the ids as 8-bit grey"))
     elif values.ndim == 3:
         require(((values[..., :3] == values[..., :1]).all(),
                  "labels must hold class ids, not colours"))
@@ -404,14 +408,16 @@ def to_train_ids(values, sample, classes):
 
 
 def read_sample(sample, classes):
-    """Image (3, H, W) uint8, train ids (H, W) uint8 or None, invalid (H, W) bool or None."""
-    image = read_image(sample)
-    pixels, ids, invalid = np.array(image).transpose(2, 0, 1), None, None
+    """Image (3, H, W) uint8, train ids (H, W) uint8, invalid (H, W) bool; or None."""
+    pixels, ids, invalid, size = None, None, None, None
+    if sample.image:
+        image = read_image(sample)
+        pixels, size = np.array(image).transpose(2, 0, 1), image.size
     if sample.label:
-        ids = to_train_ids(np.asarray(open_label(sample, image.size)), sample, classes)
+        ids = to_train_ids(np.asarray(open_label(sample, size)), sample, classes)
     if sample.invalid:
-        with opened(sample.invalid, "L", "P", size=image.size) as mask:
-            invalid = np.asarray(mask)
+        with opened(sample.invalid, *LABEL_MODES, size=size) as mask:
+            invalid = np.asarray(to_ids(mask))
         require((invalid.max() <= 1, f"{sample.invalid} holds {invalid.max()}; expected 0 and 1"))
         invalid = invalid == 1
     return pixels, ids, invalid
@@ -501,21 +507,23 @@ def load(dataset, workers, batches=None):
 
 
 def to_tensors(item):
-    """An item, or a list of items as a batch, as tensors; in a worker, in shared memory. The thread
-    that sends tensors does that else, and where it is full, the main process waits for ever."""
+    """An item, or a list of items as a batch, as tensors; in a worker, in shared memory. Else the
+    queue's thread puts them there, and where it is full, the main process would wait for ever."""
     try:
         tensors = default_collate(item) if isinstance(item, list) else default_convert(item)
         for tensor in filter(torch.is_tensor, tensors if get_worker_info() else ()):
             tensor.share_memory_()
     except RuntimeError as error:
+        require(("shared memory" in str(error), str(error)))
         raise OSError(f"/dev/shm is too small for the loader's workers: {error}; start Docker with "
                       "--shm-size=16g, or give --workers 0") from None
     return tensors
 
 
 def ignore_sigterm(worker):
-    """For loader workers: torchrun ends them too, while their process has a step to finish."""
+    """For loader workers: torchrun ends them too, while the process that they end with saves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    c_library(*END_WITH_PARENT)
 
 
 def epoch_keys(weights, length, seed, epoch, counts=None, uniform=0.0):
@@ -533,6 +541,7 @@ def epoch_keys(weights, length, seed, epoch, counts=None, uniform=0.0):
         carries = counts >= CARRIED
         ends = {c: np.cumsum(weights * carries[:, c])      # running sum of its images' weights
                 for c in np.flatnonzero(carries.any(0)).tolist()}
+        require((ends, f"no label has {CARRIED} pixels of a class; leave out --uniform-classes"))
         chosen = np.flatnonzero(rng.random(length) < uniform)
         targets = np.resize(rng.permutation(list(ends)), len(chosen))         # as many of each
         for position, c in zip(chosen, rng.permutation(targets)):
@@ -554,38 +563,35 @@ def step_keys(keys_of, steps_per_epoch, first, last, rank=0, world=1):
 
 
 def count_classes(samples, classes, workers):
-    """(N, C) int64 pixels of each class in each label; 0 in damaged ones, which training names."""
-    labels = [sample._replace(image=sample.label, invalid="") for sample in samples]  # no photos
-    counts = np.zeros((len(samples), classes), np.int64)
-    loader = load(EvalSet(labels, classes), workers)
-    for index, *found in progress(loader, len(samples), "labels counted"):
-        if len(found) > 1:
+    """((N, C) int64 pixels of each class in each label, messages on damaged files, whose are 0)."""
+    counts, problems = np.zeros((len(samples), classes), np.int64), []
+    loader = load(EvalSet(samples, classes), workers)
+    for index, *found in progress(loader, len(samples), "read") if len(samples) > 100 else loader:
+        if len(found) == 1:
+            problems += found
+        elif found[1] is not None:
             counts[index] = torch.bincount(found[1].flatten(), minlength=256)[:classes]
-    return counts
+    return counts, problems
 
 
 def look_through(samples, classes, what, workers, most=100):
-    """Problems of at most `most` samples of a split, `what`, spread over it. Prints which classes
-    no label shows, and which labelled image has an EXIF orientation."""
+    """Messages on what is wrong in at most `most` samples of a split, `what`, spread over it.
+    Prints which classes no label shows, and which labelled image has an EXIF orientation."""
     few = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, most).astype(int))]
-    loader, labelled = load(EvalSet(few, len(classes)), workers), bool(few[0].label)
-    pixels, turned, problems = torch.zeros(256, dtype=torch.int64), [], []
-    for index, *found in progress(loader, len(few), "opened") if len(few) > 100 else loader:
-        if len(found) == 1:
-            problems += found
-        elif labelled:
-            pixels += torch.bincount(found[1].flatten(), minlength=256)
-            with Image.open(few[index].image) as image:
-                turned += [few[index].image] * is_turned(image)
-    absent = [name for name, n in zip(classes, pixels) if labelled and not n]
+    counts, problems = count_classes(few, len(classes), workers)
+    if problems or not few[0].label:
+        return problems
+    absent = [name for name, n in zip(classes, counts.sum(0)) if not n]
+    too_few = len(absent) > len(classes) - 2
+    if too_few and len(few) < len(samples):                        # a rare class may lie between
+        return look_through(samples, classes, what, workers, len(samples))
     if absent:
         say(f"{what}: none of {len(few)} labels shows {', '.join(absent)}")
+    turned = [sample.image for sample in few if is_turned(Image.open(sample.image))]
     if turned:
-        say(f"{what}: EXIF orientation of {len(turned)} images not followed, first {turned[0]}")
-    if len(absent) > len(classes) - 2 and not problems:
-        problems.append(f"{what}: labels show fewer than two of {len(classes)} classes, first "
-                        f"{few[0].label}; ids are 0 to {len(classes) - 1}, and 255 is ignored")
-    return problems
+        say(f"{what}: EXIF orientation not followed: {turned[0]} and {len(turned) - 1} more")
+    return [f"{what}: labels show fewer than two of {len(classes)} classes, first {few[0].label}; "
+            f"ids are 0 to {len(classes) - 1}, and 255 is ignored"] if too_few else []
 
 
 def palette_of(classes):
@@ -1039,17 +1045,16 @@ def check_split(root, name, split, config):
         images, labels, *_ = scan(root, name, split)[1]
         if not images or not labels and DATASETS[name].gaps >= len(images):
             return None
-        needed = labels or name not in ("dark_zurich", "nightcity")       # of the pools
-        labelled = bool(needed and split not in DATASETS[name].unlabelled)
+        pool = not labels and name in ("dark_zurich", "nightcity")
+        labelled = not pool and split not in DATASETS[name].unlabelled
         samples, classes = find_samples(root, name, split, labelled), classes_of(root, name)
     except (ValueError, OSError) as error:
         return [str(error)]
     counts = [sum(bool(sample[k]) for sample in samples) for k in range(3)]    # label, invalid too
     print(f"{name:<20}{split:<7}" + "".join(f"{n:>8}" for n in counts) + "  " + ", ".join(
         f"{c} {n}" for c, n in sorted(Counter(s.condition for s in samples).items())))
-    problems = [f"{labels[s]} has no image" for s in labels.keys() - images.keys() if labelled]
     most = len(samples) if config.all_files else 100 if labelled else 3
-    problems += look_through(samples, classes, f"{name} {split}", 2, most)
+    problems = look_through(samples, classes, f"{name} {split}", 2 * config.all_files, most)
     spread = np.linspace(0, len(samples) - 1, config.show).astype(int)
     for k, i in enumerate(np.unique(spread) if labelled and not problems else ()):
         save_png(show(samples[i], classes), f"runs/sheets/{name}-{split}-{k}.png")

@@ -28,9 +28,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, PRECISIONS, EvalSet, Sample, autocast, colour,
-                  differences, flag, gather, gathered, is_first, load, opened, palette_of,
-                  parse_flags, progress, read_image, read_sample, require, run_main, save_png, say,
-                  start_processes, to_json, whole_file)
+                  differences, flag, gather, gathered, is_first, load, open_label, opened,
+                  palette_of, parse_flags, progress, read_image, read_sample, require, run_main,
+                  save_png, say, start_processes, to_json, whole_file)
 from swiftnet import load_checkpoint, predict
 
 CELLS = 1000               # midpoints of the integral mean that is AUIoU
@@ -164,7 +164,7 @@ def predictions(models, samples, rank=0, world=1, precision="auto", workers=0, d
             if not asked:
                 raise
             message = (f"{share[index].image}: {asked[1]} of memory were asked for, for its "
-                       f"{image.shape[2]} x {image.shape[1]} pixels; try --tile 1024")
+                       f"{image.shape[2]} x {image.shape[1]} pixels; try --tile 1024, or shrink it")
         if message:
             require((damaged is not None, message))
             print(f"passed over: {message}", flush=True)
@@ -227,10 +227,12 @@ def score(samples, folder, classes, thresholds=None, rank=0, world=1):
     for index in progress(share, len(share), "scored"):
         sample = samples[index]
         _, ids, invalid = read_sample(sample, classes)
-        y, q = table[read_png(predicted[index], ids.shape, "L", "P")], np.ones(ids.shape)
+        label = open_label(Sample(sample.image, str(predicted[index])), ids.shape[::-1])
+        y, q = table[np.asarray(label)], np.ones(ids.shape)
         require(((y[ids != IGNORE] >= 0).all(), f"{predicted[index]}: values that are no class"))
         if confidences:
-            q = read_png(confidences[index], ids.shape, "I;16", "I") / 65535
+            with opened(confidences[index], "I;16", "I", size=ids.shape[::-1]) as image:
+                q = np.array(image) / 65535
         results[sample.condition][0].add(*(part if part is None else torch.from_numpy(part) for part
                                            in (y, q.astype(np.float32), ids, invalid)))
     return pooled(results), bool(confidences)
@@ -247,19 +249,12 @@ def named_like(samples, folder):
     return [found[stem] for stem in stems]
 
 
-def read_png(path, shape, *modes):
-    """Values (H, W) of a PNG of one of these Pillow modes, which must have this shape."""
-    with opened(path, *modes, size=shape[::-1]) as image:
-        return np.array(image)
-
-
 def fit_temperature(models, samples, **how):
     """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20], 4 digits."""
     kept, limit = [], max(1, min(4096, 2 ** 20 // max(len(samples), 1)))         # pixels an image
     for index, logits, ids, _ in predictions(models, samples, **how):
         at = np.flatnonzero(ids != IGNORE)         # at random: even steps may stay in a few columns
-        at = torch.from_numpy(np.random.default_rng(index).choice(
-            at, min(limit, len(at)), replace=False))
+        at = torch.from_numpy(np.random.default_rng(index).permutation(at)[:limit])
         kept.append((index, logits.flatten(1).cpu()[:, at].double(), ids.flatten()[at].long()))
     kept = sorted(sum(gathered(kept), []), key=lambda part: part[0])
     require((any(len(truth) for *_, truth in kept), "--temperature fit found no labelled pixel"))
@@ -340,9 +335,7 @@ def plot(title, rows, temperatures):
     x_ticks = {theta[0]: "", **{t: text for t, text in ticks.items() if t > theta[0]}}
     y_ticks = {i / 10: ticks[i / 10] for i in range(low, high + 1)}
     curve = axes(canvas, (220, 160, 1640, 1160), x_ticks, y_ticks, "threshold, %", "UIoU, %")
-    accuracy = axes(canvas, (1960, 160, 3120, 790), ticks, ticks, "", "accuracy, %")
-    decades = {-4: "0.01", -3: "0.1", -2: "1", -1: "10", 0: "100"}
-    share = axes(canvas, (1960, 920, 3120, 1160), ticks, decades, "confidence, %", "pixels, %")
+    accuracy = axes(canvas, (1960, 160, 3120, 1160), ticks, ticks, "confidence, %", "accuracy, %")
     for y, level, fill, name in ((1340, oracle, GREY, "oracle: UIoU"),
                                  (1410, miou, INK, "nothing marked invalid: mIoU")):
         draw.line((*curve(theta[0], level), *curve(1, level)), fill, 4)
@@ -353,12 +346,9 @@ def plot(title, rows, temperatures):
         fill, y = COLOURS[i % len(COLOURS)], 1340 + 70 * i
         draw.line([curve(*point) for point in zip(theta, row["uiou"].tolist())], fill, 9, "curve")
         for bin, (pixels, right, _) in enumerate(row["reliability"].T.tolist()):
-            left, part = (bin + 0.08) / ECE_BINS + i * width, pixels / row["pixels"]
             if pixels > 0:
-                top = max(right, 0.004)
+                left, top = (bin + 0.08) / ECE_BINS + i * width, max(right, 0.004)
                 draw.rectangle((*accuracy(left, top), *accuracy(left + width, 0)), fill)
-            if part > 1e-4:
-                draw.rectangle((*share(left, math.log10(part)), *share(left + width, -4)), fill)
         draw.line((1960, y, 2070, y), fill, 10)
         write(draw, (2100, y), f"T = {temperature:g}: AUIoU {100 * row['auiou']:.1f}, ECE "
               f"{row['ece']:.3f}", 44)
@@ -495,7 +485,8 @@ def write_submission(path, kind, names, parts, size):
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, folder in itertools.product(sorted(names), SUBMISSIONS[kind][3]):
             file = Path(parts) / folder / name
-            values = read_png(file, size[::-1], "I;16" if folder == "confidence" else "L")
+            with opened(file, "I;16" if folder == "confidence" else "L", size=size) as image:
+                values = np.array(image)
             require((np.isin(values, allowed[folder]).all(), f"{file} is damaged; remove it"))
             inside = name if kind == "cityscapes" else f"{folder}/{name}"
             archive.writestr(zipfile.ZipInfo(inside), file.read_bytes())

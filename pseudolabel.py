@@ -128,7 +128,7 @@ def make_labels(config):
              "images": len(samples), **{name: getattr(config, name) for name in LABELLING}}
     require(((out / "settings.json").exists() or not [*out.glob("[!.]*")],
              f"--out {out} holds other files, on which labels might fall; name a new folder"))
-    lock = lock_folder(out, "**/.*.[0-9]*.tmp") if is_first() else None
+    lock = lock_folder(out, "**/.*.[0-9]*.tmp") if is_first() else None     # until we return
     about = keep_settings(out, about, lambda: {"class_thresholds": class_thresholds(
         models, [*samples.values()], config, how).tolist()})
     done = read_rows(out)
@@ -143,8 +143,7 @@ def make_labels(config):
         write_manifest(out, [*COLUMNS, *classes], rows.values())
         for path in out.glob("rows-*.csv"):
             path.unlink()
-        lock.close()
-    say(f"{damaged} of the images were passed over as damaged")
+    say(f"{damaged} images were passed over")
 
 
 # --- manifest and selection ---------------------------------------------------------------------
@@ -182,8 +181,8 @@ def select(rows, budget, rule, min_kept):
     proportion to what is eligible, by score within a pool. Returns {pool: images chosen}.
 
     rare: for every class an image carries, with CARRIED pixels or more, it scores 1 / (images that
-    carry the class): it is taken for what is hard to find elsewhere, not for what is easy (road and
-    sky), which the network knows. easiest: the kept share. Ties fall to the image's name."""
+    carry the class), so what is hard to find elsewhere counts. easiest: the kept share. Ties fall
+    to the image's name."""
     kept = np.array([float(row[3]) for row in rows])
     carries = np.array([row[len(COLUMNS):] for row in rows], np.int64) >= CARRIED
     score = kept if rule == "easiest" else (carries / np.maximum(carries.sum(0), 1)).sum(1)

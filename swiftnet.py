@@ -50,10 +50,8 @@ class SwiftNet(nn.Module):
             for _ in range(levels))
         self.ladder = nn.ModuleList(bn_relu_conv(width, width, 3) for _ in range(levels + 2))
         self.head = bn_relu_conv(width, num_classes, 1, bias=True)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        padding = torch.tensor(PADDING_COLOUR).float().view(3, 1, 1)
-        self.register_buffer("padding", padding, persistent=False)
+        for name, rgb in (("mean", MEAN), ("std", STD), ("padding", PADDING_COLOUR)):
+            self.register_buffer(name, torch.tensor(rgb).float().view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):

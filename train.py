@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -141,11 +142,11 @@ def read_sets(config):
     both = sorted(annotated & {sample.image for sample in val_samples})
     require((classes == val_classes, f"{names[0]} and --val {config.val[0]} differ in classes"),
             (not both, f"{len(both)} images are in --train and in --val, first {both[:1]}"))
-    for use, group in (("train", samples), ("val", val_samples)) if is_first() else ():
-        for name in sorted({sample.dataset for sample in group} & {*DATASETS}):
-            own = [sample for sample in group if sample.dataset == name]
-            problems = look_through(own, classes, f"{name} {use}", config.workers)
-            require(*((False, problem) for problem in problems))
+    for use, group in (("train", samples), ("val", val_samples)):
+        for name, own in itertools.groupby(group, lambda sample: sample.dataset):
+            if is_first() and name in DATASETS and not (Path(config.out) / "last.pt").exists():
+                for problem in look_through([*own], classes, f"{name} {use}", config.workers):
+                    raise ValueError(problem)
     return samples, weights, classes, val_samples
 
 
@@ -174,7 +175,8 @@ def train(config, rank, world, device):
         run.untrained = validate(run, model, val_samples, rank, world)
         run.save("last.pt")
     counting = config.uniform_classes and rank == 0                  # for all processes
-    counts = gathered(count_classes(samples, len(classes), config.workers) if counting else None)[0]
+    labels = [sample._replace(image="", invalid="") for sample in samples]
+    counts = gathered(count_classes(labels, len(classes), config.workers)[0] if counting else 0)[0]
     keys_of = functools.partial(epoch_keys, weights, config.batch * steps_per_epoch, config.seed,
                                 counts=counts, uniform=config.uniform_classes)
     loader = load(
@@ -190,6 +192,7 @@ def train(config, rank, world, device):
             "larger --batch-per-process, with --checkpoint-blocks where memory is short")
 
     run.awaiting = True
+    run.stop()
     for step, (images, ids) in enumerate(loader, run.step):
         run.awaiting = False
         torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + rank) % 2 ** 63)
@@ -217,8 +220,7 @@ def train(config, rank, world, device):
         if saving:
             run.save("last.pt")
         run.awaiting = done < total
-        if run.stopping:
-            run.stop()
+        run.stop()
     say("untrained: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in run.untrained.items()))
     say(f"best.pt: mIoU {100 * run.best:.2f}\n"
         f"next: python evaluate.py --checkpoint {run.folder}/best.pt --temperature 0.67")
@@ -233,6 +235,7 @@ def validate(run, model, samples, rank, world):
                        precision=run.config.precision, workers=min(run.config.workers, 4))
     model.train()
     results = {condition: group[0].compute() for condition, group in results.items()}
+    require((results["all"]["pixels"], f"not one labelled pixel in --val {run.config.val}"))
     say("\n".join(["", *summary_table(results, count_conditions(samples))]))
     miou = {condition: r["miou"] for condition, r in results.items()}
     run.log(miou=miou)
@@ -304,7 +307,7 @@ class Run:
 
     def __init__(self, config, data):
         self.config, self.data, self.stopping, self.awaiting = config, data, False, False
-        self.folder = Path(config.out or f"runs/{config.recipe}")
+        self.folder = Path(config.out)
         self.step, self.best, self.untrained, self.state = 0, -1.0, None, None
         if (self.folder / "last.pt").exists():
             self.state = read_tensors(self.folder / "last.pt")
@@ -322,8 +325,8 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.classes, self.total, self.state = classes, total, None         # lets go of its tensors
         self.began, self.since = time.monotonic(), (time.monotonic(), self.step)
-        # Rank 0 ends between two steps. The others must keep stepping for it, and end in 20 s.
-        signal.signal(signal.SIGTERM, lambda *_: self.stop() if is_first() else signal.alarm(20))
+        # Rank 0 ends between two steps, no child of it. Others step on for it, and end in 20 s.
+        signal.signal(signal.SIGTERM, lambda *x: self.stop(*x) if is_first() else signal.alarm(20))
         if is_first():
             self.lock, path = lock_folder(self.folder), self.folder / "log.jsonl"
             lines = path.read_text().splitlines() if self.untrained and path.exists() else []
@@ -333,10 +336,10 @@ class Run:
                     and json.loads(line)["step"] <= self.step))
         self.log(config=dataclasses.asdict(self.config), total=total, torch=str(torch.__version__))
 
-    def stop(self):
-        """On SIGTERM: save and end, at once where a batch is awaited, else after the step."""
-        self.stopping = True
-        if self.awaiting:
+    def stop(self, *sigterm):
+        """If SIGTERM came, save and end: at once where a batch is awaited, else after the step."""
+        self.stopping |= bool(sigterm)
+        if self.stopping and self.awaiting and not torch.multiprocessing.parent_process():
             self.awaiting = False
             self.check_finite()
             self.save("last.pt")
@@ -396,7 +399,8 @@ def read_config():
     if not {"recipe", "data", "train", "pseudo", "val"} & {*given} and not Path("data").is_dir():
         say("no --data given and no folder data/ here: training on the generated demo streets")
         given["recipe"] = "demo"
-    config = Config(**{**RECIPES[given.get("recipe", "driving")], **given})
+    recipe = given.get("recipe", "driving")
+    config = Config(**{"out": f"runs/{recipe}", **RECIPES[recipe], **given})
     coarsest = 32 * 2 ** (config.levels - 1)             # BatchNorm needs more than one value there
     shares = config.jitter, config.drop_path, config.uniform_classes, config.bn_momentum
     require((config.crop > coarsest, f"--crop must be above the coarsest stride, {coarsest}"),
@@ -412,7 +416,8 @@ def main():
     rank, world, device = start_processes()
 
     def found(names, split):
-        require(*((False, message) for message in misplaced(config.data, names)))
+        for message in misplaced(config.data, names, split):
+            raise ValueError(message)
         return tuple(name for name in names if scan(config.data, name, split)[1][0])
     config = dataclasses.replace(config, train=config.train or found(ANNOTATED, "train"),
                                  val=config.val or found(("acdc", "cityscapes"), "val")[:1])
