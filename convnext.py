@@ -185,8 +185,8 @@ def load_pretrained(backbone, source):
     if averaged and len(whole) > 1:
         print(f"{where}: taking the moving average, {averaged[0]!r} of {whole}", flush=True)
     if len(averaged or whole) != 1 and len(networks) != 1:
-        raise ValueError(f"{where} holds no ConvNeXt that fits, or several of them: parts of one "
-                         f"are below {[*networks] or 'no name'}; save its state dict alone")
+        raise ValueError(f"{where}: expected one ConvNeXt that fits, found parts of one below "
+                         f"{[*networks] or 'no name'}; give its state dict alone")
     tensors = networks[(averaged or whole or [*networks])[0]]
     for name, ours in expected.items():
         if name in tensors and tensors[name].shape == (*ours.shape, 1, 1):

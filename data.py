@@ -304,7 +304,7 @@ def classes_of(root, name):
 def misplaced(root, names, *wanted):
     """Messages on folders of these sets that hold no image of any set in the wanted splits."""
     for folder in sorted({DATASETS[name].folder for name in names}):
-        rows = {name: row for name, row in DATASETS.items() if row.folder == folder}
+        rows = {k: v for k, v in DATASETS.items() if v.folder == folder and v.gaps < math.inf}
         splits = ((name, split) for name, row in rows.items() for split in wanted or row.splits)
         if os.path.lexists(Path(root) / folder) and not any(scan(root, *x)[1][0] for x in splits):
             yield (f"{Path(root) / folder} has no {' '.join([*wanted, 'images'])}, as "
