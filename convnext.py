@@ -160,8 +160,8 @@ def load_pretrained(backbone, source):
 
     source: "in1k" | "in22k" | "in22k_1k_384" (looked up in WEIGHTS), a URL, a path (torch or
     safetensors) or a state dict, named as the authors, torchvision, timm, Hugging Face or
-    mmpretrain do, below any prefix. All names and shapes of the backbone must match, what else
-    there is is left out; of a network and its moving average (EMA) the average is taken."""
+    mmpretrain do, below any prefix. All names and shapes of the backbone must match; other
+    tensors are left out. Of a network and its moving average (EMA) the average is taken."""
     where = source if isinstance(source, (str, os.PathLike)) else "the state dict"
     if source in ("in1k", "in22k", "in22k_1k_384"):
         size = (backbone.depths, backbone.dims)
@@ -207,9 +207,9 @@ def read_tensors(path):
     A torch file is checked against the CRC sums of its zip, which torch.load does not look at: a
     flipped bit would be a weight. Raises OSError or ValueError."""
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(32)
     try:
-        if start[8:] == b"{":
+        if start[8:9] == b"{":
             return read_safetensors(path)
         if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"{broken} does not match its checksum")
@@ -219,11 +219,11 @@ def read_tensors(path):
         raise ValueError(
             f"{path} holds a {refused[1]}, which could run code; where it comes from, save the "
             "tensors alone: torch.save(model.state_dict(), FILE)" if refused else
-            f"{path} is damaged, or no dict of tensors and plain values: "
-            f"{str(error)[:200].partition(chr(10))[0]}") from None
+            f"{path} is damaged, or no dict of tensors and plain values; it begins with {start!r}: "
+            f"{str(error).partition('. ')[0][:200]}") from None
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {"F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):

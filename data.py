@@ -48,9 +48,9 @@ PALETTE = (
     (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
 CAMVID_CLASSES = tuple(("sky,building,pole,road,pavement,tree,sign symbol,fence,car,pedestrian,"
                         "bicyclist").split(","))
-CAMVID_PALETTE = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
+CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
+                  (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0),
+                  (0, 128, 192))
 ADE20K_CLASSES = tuple(map(str.strip, """
   wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
   person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
@@ -70,14 +70,12 @@ ADE20K_CLASSES = tuple(map(str.strip, """
 # A value beyond its table is an error. Among train ids, 255 means "ignore".
 CITYSCAPES_TABLE = (*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11,
                     12, 13, 14, 15, 255, 255, 16, 17, 18, 255)               # 34: licence plate
-VISTAS_TABLE = (
-    255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0, 255, 9, 10,
-    9, 9, 8, *[255] * 14, 5, 7, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255, 17, 16, 255, 255, 14,
-    *[255] * 4)
-WILDDASH_TABLE = (
-    *CITYSCAPES_TABLE[:34], 14, 13, 255, 255, 0, 255, 255, 0, 255, 0, 255, 5, 5, 12, 12, 12, 255,
-    255, 1, 255, 255, 255, 3, 255, 17, 255, 255, 0, 255, 255, 0, 1, *[255] * 4, 0, 255, 255, 255,
-    0, 0, 0, 1, 9, 0, 1)
+VISTAS_TABLE = (255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0,
+    255, 9, 10, 9, 9, 8, *[255] * 14, 5, 7, 5, 6, 255, 7, 255, 18, 255, 15, 13, 255, 17, 16, 255,
+    255, 14, *[255] * 4)
+WILDDASH_TABLE = (*CITYSCAPES_TABLE[:34], 14, 13, 255, 255, 0, 255, 255, 0, 255, 0, 255, 5, 5, 12,
+    12, 12, 255, 255, 1, 255, 255, 255, 3, 255, 17, 255, 255, 0, 255, 255, 0, 1, *[255] * 4, 0, 255,
+    255, 255, 0, 0, 0, 1, 9, 0, 1)
 CAMVID_TABLE = (*range(11), 255)
 CAMVID_TO_19 = (10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 12, 255)
 ADE20K_TABLE = (255, *range(150))
@@ -229,8 +227,7 @@ def scan(root, dataset, split):
 def find_samples(root, name, split, labelled=True):
     """Samples of a name (see parse_name), sorted by path; without labels if not `labelled`. `split`
     is for names without one. A part is a condition, a folder, or the file name's beginning up to
-    "_" (ACDC: conditions, sequences; Cityscapes: cities; CamVid: drives). ValueError where images
-    or labels are missing."""
+    "_" (a sequence, a city, a drive). ValueError where images or labels are missing."""
     dataset, own_split, parts, _ = parse_name(name)
     split = own_split or split
     if dataset not in DATASETS:
@@ -285,7 +282,7 @@ def pseudo_samples(root, folder):
 def read_segments(path):
     """Panoptic json -> {png name: ((segment id, category), ...)}."""
     return {item["file_name"]: tuple((s["id"], s["category_id"]) for s in item["segments_info"])
-            for item in json.loads(Path(path).read_text())["annotations"]}
+            for item in json.loads(Path(path).read_text()).get("annotations", ())}
 
 
 def classes_of(root, name):
@@ -337,12 +334,12 @@ def opened(path, *modes, size=None, upright=False, formats=("PNG", "JPEG")):
     try:
         with Image.open(path, formats=formats) as image:           # Pillow knows stranger ones
             require((image.mode in modes, f"mode {image.mode}, expected {' or '.join(modes)}"),
-                    (image.width * image.height <= 2 ** 26, f"{image.size}: too many pixels"))
+                    (image.width * image.height <= 2 ** 26, f"{image.size}: over 2^26 pixels"))
             if upright and is_turned(image):
                 image = ImageOps.exif_transpose(image)
-            require((size in (None, image.size), f"{image.size}, but its label or image {size}"))
+            require((size in (None, image.size), f"stored {image.size}, its label or image {size}"))
             yield image
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:     # SyntaxError: a PNG chunk
+    except Exception as error:         # Pillow raises a dozen kinds: SyntaxError, struct.error, ...
         raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from None
 
 
@@ -377,9 +374,9 @@ def open_label(sample, size=None):
 
 def to_ids(image):
     """8-bit Pillow image of the ids in a label PNG: its grey values, or its palette's indices."""
-    coding = image.tile[0][3] if image.tile else ""                # Pillow makes 8 bits of these
-    require((coding not in ("L;2", "L;4") and "16B" not in coding[3:], f"PNG of {coding}; save the "
-             "ids as 8-bit grey"))
+    coding, rescaled = image.tile[0][3], ("L;2", "L;4", "LA;16B", "RGB;16B", "RGBA;16B")
+    require((coding not in rescaled, f"PNG of {coding}, which Pillow would scale; save the ids as "
+             "8-bit grey"))
     values = np.asarray(image)
     if image.mode == "P":
         used = np.flatnonzero(image.histogram())
@@ -498,12 +495,11 @@ class EvalSet(torch.utils.data.Dataset):
             return index, str(error)
 
 
-def load(dataset, workers, batches=None):
+def make_loader(dataset, workers, batches=None):
     """A DataLoader of the items of a dataset, or of batches of them (lists of keys)."""
     how = {"batch_sampler": batches} if batches else {"batch_size": None}
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, collate_fn=to_tensors, worker_init_fn=ignore_sigterm,
-        pin_memory=torch.cuda.is_available(), **how)
+    how.update(num_workers=workers, collate_fn=to_tensors, worker_init_fn=ignore_sigterm)
+    return torch.utils.data.DataLoader(dataset, pin_memory=torch.cuda.is_available(), **how)
 
 
 def to_tensors(item):
@@ -565,7 +561,7 @@ def step_keys(keys_of, steps_per_epoch, first, last, rank=0, world=1):
 def count_classes(samples, classes, workers):
     """((N, C) int64 pixels of each class in each label, messages on damaged files, whose are 0)."""
     counts, problems = np.zeros((len(samples), classes), np.int64), []
-    loader = load(EvalSet(samples, classes), workers)
+    loader = make_loader(EvalSet(samples, classes), workers)
     for index, *found in progress(loader, len(samples), "read") if len(samples) > 100 else loader:
         if len(found) == 1:
             problems += found
@@ -587,7 +583,7 @@ def look_through(samples, classes, what, workers, most=100):
         return look_through(samples, classes, what, workers, len(samples))
     if absent:
         say(f"{what}: none of {len(few)} labels shows {', '.join(absent)}")
-    turned = [sample.image for sample in few if is_turned(Image.open(sample.image))]
+    turned = [s.image for s in few if s.dataset in DATASETS and is_turned(Image.open(s.image))]
     if turned:
         say(f"{what}: EXIF orientation not followed: {turned[0]} and {len(turned) - 1} more")
     return [f"{what}: labels show fewer than two of {len(classes)} classes, first {few[0].label}; "
@@ -676,15 +672,19 @@ def run_main(main):
     """Run a script's main. A user's mistake ends in one line, rank 0's if all make it; status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):    # torch.save hides the disk's error behind its own
             error = error.__context__ or error
-            ended = re.search("by peer|DataLoader worker", str(error))    # a process that died
+            ended = re.search(r"by peer|DataLoader worker \(pid", str(error))    # it died
             if not (ended or isinstance(error, OSError)):
                 raise
-        time.sleep(0 if is_first() else 2)
+        time.sleep(0 if is_first() else 5)
         # what a loader worker raised arrives as the text of a traceback, the message last
         message = re.sub(r"(?s)Caught .*\n\w+: ", "", str(error).strip())
+        if getattr(error, "errno", 0) in (2, 12, 24, 28, 30) and not error.filename:
+            message += "; is the disk of --out full, /dev/shm, or ulimit -n too low for --workers?"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:                   # loader workers ignore the SIGTERM with which Python would end them
@@ -718,9 +718,9 @@ def start_processes():
         count = torch.cuda.device_count()
         require((local < count, f"more processes than GPUs; start {count} (--nproc_per_node)"))
         torch.cuda.set_device(device)
-    else:          # glibc gives large freed blocks back to the kernel, which clears every page anew
-        c_library("mallopt", -4, 0)            # for the next tensor: up to half of a forward's time
-        c_library("mallopt", -1, -1)                             # M_MMAP_MAX and M_TRIM_THRESHOLD
+    else:          # glibc returns large freed blocks; cleared pages cost up to half of a forward
+        c_library("mallopt", -4, 0)                                  # M_MMAP_MAX
+        c_library("mallopt", -1, -1)                                 # M_TRIM_THRESHOLD
     if world > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=bound)
@@ -741,7 +741,7 @@ def autocast(device, precision):
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
 
-def gathered(item):
+def all_gather(item):
     """[item of every process], in the order of their ranks; also a meeting point."""
     items = [item] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
@@ -764,6 +764,7 @@ def say(text, end="\n"):
 def whole_file(path):
     """Yield a temporary path beside `path` and rename it there at the end: whole or not at all."""
     path = Path(path)
+    require((path.is_file() or not path.exists(), f"{path} is no file that could be replaced"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -1020,7 +1021,7 @@ def draw_demo(root="demo", seed=0, scale=1.0):
                 done = pool.map(write_sample, *zip(*jobs), chunksize=4)
                 list(progress(done, len(jobs), "street"))
             (temporary / "drawn.txt").write_text(about)
-            os.replace(temporary, root)
+            root.exists() or os.replace(temporary, root)    # another may have been faster
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     found = note.read_text() if note.is_file() else "other things"
@@ -1043,7 +1044,7 @@ def check_split(root, name, split, config):
     """Print the line of one split. Returns the problems found in it, None where it is not there."""
     try:
         images, labels, *_ = scan(root, name, split)[1]
-        if not images or not labels and DATASETS[name].gaps >= len(images):
+        if not images or not labels and DATASETS[name].gaps == math.inf:
             return None
         pool = not labels and name in ("dark_zurich", "nightcity")
         labelled = not pool and split not in DATASETS[name].unlabelled

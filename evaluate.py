@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, PRECISIONS, EvalSet, Sample, autocast, colour,
-                  differences, flag, gather, gathered, is_first, load, open_label, opened,
-                  palette_of, parse_flags, progress, read_image, read_sample, require, run_main,
-                  save_png, say, start_processes, to_json, whole_file)
+from data import (CITYSCAPES_TABLE, CLASSES, IGNORE, PRECISIONS, EvalSet, Sample, all_gather,
+                  autocast, colour, differences, flag, gather, is_first, make_loader, open_label,
+                  opened, palette_of, parse_flags, progress, read_image, read_sample, require,
+                  run_main, save_png, say, start_processes, to_json, whole_file)
 from swiftnet import load_checkpoint, predict
 
 CELLS = 1000               # midpoints of the integral mean that is AUIoU
@@ -91,7 +91,7 @@ class Metrics:
     def reduce(self):
         """Sum the counts over all processes, in place."""
         for counts in self.counts.values():
-            counts.copy_(sum(gathered(counts.cpu())))
+            counts.copy_(sum(all_gather(counts.cpu())))
 
     def compute(self):
         """Dict of fractions in 0..1; NaN where nothing was counted.
@@ -148,17 +148,17 @@ def confidence(below, temperature):
 # --- evaluation ---------------------------------------------------------------------------------
 
 def predictions(models, samples, rank=0, world=1, precision="auto", workers=0, damaged=None, **how):
-    """Yield (index, logits (C, H, W), ids, invalid) of samples[rank::world], one image a forward.
+    """Yield (index, *top_class, ids, invalid) of samples[rank::world], one image a forward.
 
     how: scales, flip, tile, as in swiftnet.predict. A damaged file, or too large a photo, ends in
     ValueError; where `damaged` is a list, its message goes there, and the image is passed over."""
     device, share = models[0].mean.device, samples[rank::world]
-    loader = load(EvalSet(share, models[0].num_classes), workers)
+    loader = make_loader(EvalSet(share, models[0].num_classes), workers)
     for index, image, *target in progress(loader, len(share), "images"):
         message = image if isinstance(image, str) else ""
         try:
             with autocast(device, precision):
-                logits = message or predict(models, image, **how)
+                found = message or top_class(predict(models, image, **how))
         except RuntimeError as error:
             asked = re.search(r"(?i)tried to allocate ([\d.]+ \w+)", str(error))
             if not asked:
@@ -170,9 +170,9 @@ def predictions(models, samples, rank=0, world=1, precision="auto", workers=0, d
             print(f"passed over: {message}", flush=True)
             damaged.append(message)
             continue
-        require((logits.sum().isfinite(), f"logits of {share[index].image} are not finite; try "
+        require((found[1].sum().isfinite(), f"logits of {share[index].image} are not finite; try "
                  "--precision fp32, or another checkpoint"))
-        yield rank + world * index, logits, *target
+        yield rank + world * index, *found, *target
 
 
 def evaluate(models, samples, temperatures=(1.0,), thresholds=None, watch=None, **how):
@@ -180,8 +180,7 @@ def evaluate(models, samples, temperatures=(1.0,), thresholds=None, watch=None, 
     processes. how: as in predictions. watch(index, prediction, q) is called for every image."""
     device = models[0].mean.device
     results = empty_results(samples, models[0].num_classes, temperatures, thresholds, device)
-    for index, logits, ids, invalid in predictions(models, samples, **how):
-        prediction, below = top_class(logits)
+    for index, prediction, below, ids, invalid in predictions(models, samples, **how):
         ids, invalid = (part if part is None else part.to(device) for part in (ids, invalid))
         for metrics in results[samples[index].condition]:
             metrics.add(prediction, confidence(below, metrics.temperature), ids, invalid)
@@ -233,6 +232,7 @@ def score(samples, folder, classes, thresholds=None, rank=0, world=1):
         if confidences:
             with opened(confidences[index], "I;16", "I", size=ids.shape[::-1]) as image:
                 q = np.array(image) / 65535
+            require((q.max() * classes >= 1, f"{confidences[index]}: all below 1/C; 1 is 65535"))
         results[sample.condition][0].add(*(part if part is None else torch.from_numpy(part) for part
                                            in (y, q.astype(np.float32), ids, invalid)))
     return pooled(results), bool(confidences)
@@ -252,11 +252,11 @@ def named_like(samples, folder):
 def fit_temperature(models, samples, **how):
     """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20], 4 digits."""
     kept, limit = [], max(1, min(4096, 2 ** 20 // max(len(samples), 1)))         # pixels an image
-    for index, logits, ids, _ in predictions(models, samples, **how):
+    for index, _, logits, ids, _ in predictions(models, samples, **how):   # less their maximum
         at = np.flatnonzero(ids != IGNORE)         # at random: even steps may stay in a few columns
         at = torch.from_numpy(np.random.default_rng(index).permutation(at)[:limit])
         kept.append((index, logits.flatten(1).cpu()[:, at].double(), ids.flatten()[at].long()))
-    kept = sorted(sum(gathered(kept), []), key=lambda part: part[0])
+    kept = sorted(sum(all_gather(kept), []), key=lambda part: part[0])
     require((any(len(truth) for *_, truth in kept), "--temperature fit found no labelled pixel"))
     logits, truth = torch.cat([part[1] for part in kept], 1), torch.cat([part[2] for part in kept])
     low, high = 0.05, 20                              # bounds of 1 / T, in which the loss is convex
@@ -265,7 +265,7 @@ def fit_temperature(models, samples, **how):
         expected = (torch.softmax(logits * middle, 0) * logits).sum(0)
         slope = (expected - logits.gather(0, truth[None])[0]).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
-    return gathered(round(1 / middle, 4))[0]
+    return all_gather(round(1 / middle, 4))[0]
 
 
 # --- tables and pictures ------------------------------------------------------------------------
@@ -281,9 +281,8 @@ def summary_table(results, counts):
     columns = {"mIoU": "miou", "AUIoU": "auiou", "oracle": "oracle", "false inv.": "false_invalid",
                "missed inv.": "missed_invalid", "ECE": "ece", "ECE, J=0": "ece_valid"}
     return [f"{'condition':<12}{'images':>7}{'classes':>8}" + "".join(f"{c:>12}" for c in columns),
-            *(f"{name:<12}{counts[name]:>7}{r['classes']:>8}"
-              + "".join(number(r[key], 12) for key in columns.values())
-              for name, r in results.items())]
+            *(f"{name:<12}{counts[name]:>7}{r['classes']:>8}" + "".join(
+                number(r[key], 12) for key in columns.values()) for name, r in results.items())]
 
 
 def class_table(results, classes):
@@ -430,13 +429,13 @@ def keep_settings(out, settings, more=dict):
         there = json.loads(note.read_text())
         other = differences(there, json.loads(json.dumps(settings)))
         require((not other, f"{out} has other settings, {other}; remove it, or use another --out"))
-    gathered(None)                                               # all have looked before one writes
+    all_gather(None)                                             # all have looked before one writes
     if not there:
         there = {**settings, **more()}
         if is_first():
             with whole_file(note) as temporary:
                 temporary.write_text(json.dumps(there, indent=1) + "\n")
-    gathered(None)                                               # no file before its settings
+    all_gather(None)                                             # no file before its settings
     return there
 
 
@@ -445,9 +444,8 @@ def write_predictions(models, samples, names, out, folders, settings, how):
     keep_settings(out, settings)
     left = [i for i, name in enumerate(names)
             if not all((Path(out) / folder / name).exists() for folder in folders)]
-    gathered(None)                                               # all have looked before one writes
-    for at, logits, *_ in predictions(models, [samples[i] for i in left], **how):
-        prediction, below = top_class(logits)
+    all_gather(None)                                             # all have looked before one writes
+    for at, prediction, below, *_ in predictions(models, [samples[i] for i in left], **how):
         y = prediction.byte().cpu().numpy()
         q = confidence(below, settings["temperature"]).cpu().numpy()
         for folder in folders:
@@ -461,7 +459,7 @@ def write_predictions(models, samples, names, out, folders, settings, how):
                 unsure = folder == "labelTrainIds_invalid" and q < np.float32(settings["theta"])
                 picture = Image.fromarray(np.where(unsure, np.uint8(IGNORE), ids))
             save_png(picture, Path(out) / folder / names[left[at]])
-    gathered(None)                                               # all have written
+    all_gather(None)                                             # all have written
 
 
 def images_below(folder, out):
@@ -472,7 +470,7 @@ def images_below(folder, out):
             folders[:] = names[:] = []
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(place, name) for name in names
-                  if re.fullmatch(r"[^.].*\.(png|jpe?g)", name, re.IGNORECASE)]
+                  if re.fullmatch(r"(?is)[^.].*\.(png|jpe?g)", name)]
     require((paths, f"no .png, .jpg or .jpeg below {folder} and outside {out}"))
     return [Sample(path, dataset=str(folder)) for path in sorted(paths)]
 
@@ -521,9 +519,11 @@ class Config:
 def check_flags(config):
     """Raise ValueError for flags that exclude each other."""
     modes = [name for name in ("images", "submit", "score") if getattr(config, name)]
+    files = (config.images or config.submit) and (config.json or config.plots or config.panels)
     logits = not config.score or config.temperature == (1.0,) and not config.panels
     require((len(modes) < 2, f"--{' and --'.join(modes)} exclude each other"),
             (not modes or "fit" not in config.temperature, "--temperature fit needs labels"),
+            (not files, "--images and --submit score nothing: no --json, --plots or --panels"),
             (logits, "--score has no logits, so neither --temperature nor --panels"),
             (config.val or not config.score, "--score needs --val, the set that its PNGs are of"))
 
@@ -585,7 +585,8 @@ def predict_files(config, models, state, about, how):
     twice = [name for name, n in Counter(names).items() if n > 1]
     require((not twice, f"two images would be written as {twice}; rename or remove one"))
     write_predictions(models, samples, names, out, folders, about, {**how, "damaged": damaged})
-    damaged = sum(map(len, gathered(damaged or [])))
+    damaged = sum(map(len, all_gather(damaged or [])))
+    require((damaged < len(samples), "none of the images could be predicted"))
     if config.submit and is_first():
         write_submission(path, kind, names, out, sizes.pop())
         shutil.rmtree(out)
@@ -617,8 +618,7 @@ def main():
     samples, _, classes = gather(root, sets, config.split or "val")
     require((classes == state["classes"], f"{sets} have other classes than the checkpoint's "
              f"{len(state['classes'])} ({state['classes'][0]}, ...); name others with --val"))
-    say(f"{len(samples)} images of {' '.join(sets)} below {root}, split {config.split or 'val'}"
-        " where none is named")
+    say(f"{len(samples)} images of {' '.join(sets)} below {root}, split {config.split or 'val'}")
     temperatures = config.temperature
     if "fit" in temperatures:
         samples.sort(key=lambda sample: sample.condition)

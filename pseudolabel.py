@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (CARRIED, DATASETS, IGNORE, PRECISIONS, flag, gather, gathered, is_first,
+from data import (CARRIED, DATASETS, IGNORE, PRECISIONS, all_gather, flag, gather, is_first,
                   lock_folder, parse_flags, parse_name, require, run_main, save_png, say,
                   start_processes, whole_file)
-from evaluate import (confidence, count, images_below, keep_settings, load_ensemble, predictions,
-                      top_class)
+from evaluate import confidence, count, images_below, keep_settings, load_ensemble, predictions
 
 CELLS, SAMPLE = 4096, 200      # of the histograms behind --class-share; images they are taken from
 LOWEST, FEWEST = 0.5, 1000     # threshold it may set; pixels below which it leaves a class alone
@@ -36,7 +35,7 @@ class Config:
     data: str = flag("data", "data root; every pool lies below it")
     out: str = flag("pseudo/v1", "output folder")
     threshold: float = flag(0.99, "confidence that a pixel needs to keep its label")
-    class_share: float = flag(0.0, "share of a class's pixels kept at least, by a lower threshold")
+    class_share: float = flag(0.0, "share of a class's pixels to keep, by thresholds down to 0.5")
     temperature: float = flag(1.0, "softmax temperature")
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
@@ -81,11 +80,10 @@ def class_thresholds(models, samples, config, how):
         return thresholds
     chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SAMPLE).astype(int))]
     histogram = torch.zeros(classes, CELLS, dtype=torch.int64, device=device)
-    for _, logits, *_ in predictions(models, chosen, damaged=[], **how):
-        ids, below = top_class(logits)
+    for _, ids, below, *_ in predictions(models, chosen, damaged=[], **how):
         cell = (confidence(below, config.temperature) * CELLS).long().clamp(max=CELLS - 1)
         histogram += count((ids * CELLS + cell).flatten(), classes, CELLS)
-    histogram = sum(gathered(histogram.cpu()))
+    histogram = sum(all_gather(histogram.cpu()))
     pixels = histogram.sum(1, keepdim=True)
     above = histogram.flip(1).cumsum(1).flip(1).double() / pixels.clamp(min=1)
     # the highest cell edge above which the wanted share lies
@@ -100,18 +98,17 @@ def write_labels(models, samples, thresholds, config, how):
     names, damaged, thresholds = [*samples], [], thresholds.to(models[0].mean.device)
     rows = Path(config.out) / f"rows-{os.urandom(8).hex()}.csv"              # of this start alone
     with open(rows, "w", newline="") as file:
-        for index, logits, *_ in predictions(models, [*samples.values()], damaged=damaged, **how):
+        for index, ids, below, *_ in predictions(
+                models, [*samples.values()], damaged=damaged, **how):
             name, sample = names[index], samples[names[index]]
-            ids, below = top_class(logits)
             q = confidence(below, config.temperature)
             kept = q >= thresholds[ids]
             pixels = count(ids[kept], len(thresholds)).tolist()
             save_png(Image.fromarray(ids.masked_fill(~kept, IGNORE).byte().cpu().numpy()),
                      Path(config.out) / name, compress_level=3)
-            csv.writer(file).writerow([
-                os.path.relpath(sample.image, config.data), name, sample.dataset,
-                round(sum(pixels) / ids.numel(), 6), round(q.double().mean().item(), 6), 1,
-                *pixels])
+            share, mean = round(sum(pixels) / ids.numel(), 6), round(q.double().mean().item(), 6)
+            image = os.path.relpath(sample.image, config.data)
+            csv.writer(file).writerow([image, name, sample.dataset, share, mean, 1, *pixels])
             file.flush()
     return len(damaged)
 
@@ -133,10 +130,10 @@ def make_labels(config):
         models, [*samples.values()], config, how).tolist()})
     done = read_rows(out)
     left = {label: sample for label, sample in samples.items() if label not in done}
-    gathered(None)                                              # all have read before one writes
+    all_gather(None)                                              # all have read before one writes
     say(f"{out}: {len(samples)} images of {' '.join(config.pools)}, {len(left)} to label")
     thresholds = torch.tensor(about["class_thresholds"])
-    damaged = sum(gathered(write_labels(models, left, thresholds, config, how)))
+    damaged = sum(all_gather(write_labels(models, left, thresholds, config, how)))
     if is_first():
         rows = read_rows(out)
         require((rows, f"{out}: no image could be labelled"))

@@ -74,7 +74,8 @@ class SwiftNet(nn.Module):
         for blend in self.ladder:                                  # from the coarsest stride to 4
             skip = pyramid.pop()
             x = blend(resize(x, skip.shape[-2:]) + skip)
-        return resize(self.head(x), padded)[..., :height, :width]
+        whole = torch.promote_types(x.dtype, torch.float32)        # in half, best classes would tie
+        return resize(self.head(x).to(whole), padded)[..., :height, :width]
 
 
 def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretrained=None,
@@ -95,7 +96,7 @@ def compiled(network):
 # --- prediction ---------------------------------------------------------------------------------
 
 def load_checkpoint(path, device="cpu"):
-    """Model in eval mode and the state dict of a checkpoint of train.py (plain values, tensors)."""
+    """Model in eval mode, and the plain values beside the tensors in a checkpoint of train.py."""
     state = read_tensors(path)
     try:
         model = build(**{**state["architecture"], "pretrained": None})
@@ -103,9 +104,9 @@ def load_checkpoint(path, device="cpu"):
         if len(state["classes"]) != model.num_classes:
             raise ValueError(f"{len(state['classes'])} names for {model.num_classes} classes")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = "see train.py --pretrained; " + " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is no checkpoint of train.py: {reason}") from None
-    return model.to(device).eval(), state
+    return model.to(device).eval(), {k: state[k] for k in state.keys() - {"model", "optimizer"}}
 
 
 @torch.inference_mode()
@@ -137,7 +138,7 @@ def predict(models, image, scales=(1.0,), flip=False, tile=None):
 def forward_tiled(model, images, tile=None):
     """Logits of (B, 3, H, W), computed on tiles of `tile` pixels that overlap by half. Of each the
     quarter at every inner edge is dropped (the near one cut, the far one overwritten by the next
-    tile): exact if the receptive field ends within it, and close with the sides asked for here."""
+    tile): exact where the receptive field ends within it, else close."""
     height, width = images.shape[-2:]
     if not tile:
         return model(images)

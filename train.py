@@ -10,6 +10,7 @@ processing and selective pseudolabeling", Vision for All Seasons, CVPR 2022."""
 
 import contextlib
 import dataclasses
+import filecmp
 import functools
 import hashlib
 import itertools
@@ -28,10 +29,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext import SIZES, load_pretrained, read_tensors
-from data import (ANNOTATED, DATASETS, PRECISIONS, TrainSet, autocast, count_classes, differences,
-                  draw_demo, epoch_keys, flag, gather, gathered, half_type, is_first, load,
-                  lock_folder, look_through, misplaced, parse_flags, parse_name, require, run_main,
-                  say, scan, start_processes, step_keys, to_json, whole_file)
+from data import (ANNOTATED, DATASETS, PRECISIONS, TrainSet, all_gather, autocast, count_classes,
+                  differences, draw_demo, epoch_keys, flag, gather, half_type, is_first,
+                  lock_folder, look_through, make_loader, misplaced, parse_flags, parse_name,
+                  require, run_main, say, scan, start_processes, step_keys, to_json, whole_file)
 from evaluate import count_conditions, evaluate, summary_table
 from losses import ALPHAS, GAMMA, PADDING, boundary_aware_focal_loss, boundary_weights
 from swiftnet import build, compiled, load_checkpoint
@@ -86,7 +87,7 @@ class Config:
 FROM_SCRATCH = {"backbone": "convnext_atto", "pretrained": "none", "layer_scale": 0.1, "lr": 1e-3,
                 "backbone_lr": 1e-3, "beta2": 0.99, "bn_momentum": 0.1, "crop": 256, "batch": 8,
                 "batch_per_process": 8, "workers": 0}
-RECIPES = {                               # what differs from the deck's. NOTE(deck): these are ours
+RECIPES = {                               # what differs from the deck's recipe: our choices
     "driving": {},
     "ade20k": {"train": ("ade20k",), "val": ("ade20k",), "crop": 512, "batch": 16,
                "batch_per_process": 2, "epochs": 127},
@@ -138,13 +139,14 @@ def read_sets(config):
     names = config.train + config.pseudo
     samples, weights, classes = gather(config.data, names, "train")
     val_samples, _, val_classes = gather(config.data, config.val, "val")
-    annotated = {sample.image for sample in samples if sample.dataset in DATASETS}
-    both = sorted(annotated & {sample.image for sample in val_samples})
+    named = {Path(sample.image).name: sample.image for sample in val_samples}
+    both = [s.image for s in samples if (twin := named.get(Path(s.image).name))
+            and filecmp.cmp(s.image, twin, shallow=False)]
     require((classes == val_classes, f"{names[0]} and --val {config.val[0]} differ in classes"),
-            (not both, f"{len(both)} images are in --train and in --val, first {both[:1]}"))
+            (not both, f"{len(both)} images of --train or --pseudo are in --val, first {both[:1]}"))
     for use, group in (("train", samples), ("val", val_samples)):
         for name, own in itertools.groupby(group, lambda sample: sample.dataset):
-            if is_first() and name in DATASETS and not (Path(config.out) / "last.pt").exists():
+            if is_first() and not (Path(config.out) / "last.pt").exists():
                 for problem in look_through([*own], classes, f"{name} {use}", config.workers):
                     raise ValueError(problem)
     return samples, weights, classes, val_samples
@@ -155,7 +157,7 @@ def train(config, rank, world, device):
     samples, weights, classes, val_samples = read_sets(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
-    run = Run(config, digest(config, samples, weights, val_samples))
+    run = Run(config, digest(config, samples, weights, val_samples, classes))
     if run.step >= total:
         return say(f"{run.folder}: finished, nothing to do; another run takes another --out")
 
@@ -176,16 +178,16 @@ def train(config, rank, world, device):
         run.save("last.pt")
     counting = config.uniform_classes and rank == 0                  # for all processes
     labels = [sample._replace(image="", invalid="") for sample in samples]
-    counts = gathered(count_classes(labels, len(classes), config.workers)[0] if counting else 0)[0]
+    counts = count_classes(labels, len(classes), config.workers)[0] if counting else 0
     keys_of = functools.partial(epoch_keys, weights, config.batch * steps_per_epoch, config.seed,
-                                counts=counts, uniform=config.uniform_classes)
-    loader = load(
+                                counts=all_gather(counts)[0], uniform=config.uniform_classes)
+    loader = make_loader(
         TrainSet(samples, len(classes), config.crop, config.zoom, config.seed, config.jitter),
         config.workers, step_keys(keys_of, steps_per_epoch, run.step, total, rank, world))
     say(f"{run.folder}: step {run.step} of {total}, {steps_per_epoch} an epoch of {len(samples)} "
         f"images of {' '.join(config.train + config.pseudo)}; {config.backbone} on {world} x "
         f"{device.type}")
-    together = min(config.batch_per_process, config.batch // world)
+    together = config.batch // world % config.batch_per_process or config.batch_per_process
     together *= world if device.type == "cuda" else 1                # as SyncBatchNorm is there
     if together < 3:
         say(f"BatchNorm sees {together} image(s) at a time, too few for its statistics: give a "
@@ -267,7 +269,7 @@ def make_model(config, classes, state):
         for first in (True, False):             # one process of each machine downloads, then all
             if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
                 load_pretrained(model.backbone, config.pretrained)
-            gathered(None)
+            all_gather(None)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = config.bn_momentum
@@ -276,8 +278,7 @@ def make_model(config, classes, state):
 
 
 def make_optimizer(model, config, device, state):
-    """Adam with two groups, ladder with head and backbone with laterals (lineage), and the scaler
-    of fp16."""
+    """Adam, ladder with head apart from backbone with laterals (lineage), and fp16's scaler."""
     new = [*model.ladder.parameters(), *model.head.parameters()]
     backbone = [*model.backbone.parameters(), *model.lateral.parameters()]
     groups = {"params": new, "peak": config.lr}, {"params": backbone, "peak": config.backbone_lr}
@@ -318,14 +319,15 @@ class Run:
             self.step, self.best = self.state["step"], self.state["best"]
             self.untrained = self.state["untrained"]
         alone = not self.state and (self.folder / "best.pt").exists()
-        require((not alone, f"{self.folder} holds a best.pt of something else; use another --out"))
+        require((not alone, f"{self.folder} holds a best.pt of something else; use another --out"),
+                (len({*all_gather((self.step, data))}) == 1, "processes see other --data or --out"))
 
     def begin(self, model, optimizer, scaler, classes, total):
         """Lock the folder, begin the log or cut it at the checkpoint, and heed SIGTERM."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.classes, self.total, self.state = classes, total, None         # lets go of its tensors
         self.began, self.since = time.monotonic(), (time.monotonic(), self.step)
-        # Rank 0 ends between two steps, no child of it. Others step on for it, and end in 20 s.
+        # Rank 0 saves and ends between two steps. Others step on until it has, for 20 s at most.
         signal.signal(signal.SIGTERM, lambda *x: self.stop(*x) if is_first() else signal.alarm(20))
         if is_first():
             self.lock, path = lock_folder(self.folder), self.folder / "log.jsonl"
@@ -353,7 +355,7 @@ class Run:
                 file.write(to_json({"step": self.step, **record}) + "\n")
 
     def report(self, loss, epoch):
-        """Print and log loss, rate and memory since the last report."""
+        """Print and log the loss of this step, the rate since the last report, the peak memory."""
         (then, step), self.since = self.since, (time.monotonic(), self.step)
         rate, images = (self.step - step) / (self.since[0] - then), self.config.batch
         left = timedelta(seconds=round((self.total - self.step) / rate))
@@ -383,9 +385,9 @@ class Run:
                             "architecture": architecture(self.config, self.classes)}, file)
 
 
-def digest(config, samples, weights, val_samples):
+def digest(config, samples, weights, val_samples, classes):
     """A line that changes with the files of a run and the manifests of its pseudolabels."""
-    lines = [*(s.image for s in samples + val_samples), *map(str, weights)]
+    lines = [*classes, *(s.image for s in samples + val_samples), *map(str, weights)]
     folders = {parse_name(name)[0] for name in config.train + config.pseudo} - {*DATASETS}
     lines += [Path(folder, "manifest.csv").read_text() for folder in sorted(folders)]
     digest = hashlib.md5("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
