@@ -684,8 +684,9 @@ def run_main(main):
         # what a loader worker raised arrives as the text of a traceback, the message last
         message = re.sub(r"(?s)Caught .*\n\w+: ", "", str(error).strip())
         if getattr(error, "errno", 0) in (2, 12, 24, 28, 30) and not error.filename:
-            message += "; is the disk of --out full, /dev/shm, or ulimit -n too low for --workers?"
+            message += "; look at the disk of --out, /dev/shm and ulimit -n, or give --workers 0"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        sys.unraisablehook = lambda _: None                # nothing more, of a loader half made
         sys.exit(2)
     finally:                   # loader workers ignore the SIGTERM with which Python would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise

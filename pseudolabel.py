@@ -98,9 +98,8 @@ def write_labels(models, samples, thresholds, config, how):
     names, damaged, thresholds = [*samples], [], thresholds.to(models[0].mean.device)
     rows = Path(config.out) / f"rows-{os.urandom(8).hex()}.csv"              # of this start alone
     with open(rows, "w", newline="") as file:
-        for index, ids, below, *_ in predictions(
-                models, [*samples.values()], damaged=damaged, **how):
-            name, sample = names[index], samples[names[index]]
+        for at, ids, below, *_ in predictions(models, [*samples.values()], damaged=damaged, **how):
+            name, sample = names[at], samples[names[at]]
             q = confidence(below, config.temperature)
             kept = q >= thresholds[ids]
             pixels = count(ids[kept], len(thresholds)).tolist()

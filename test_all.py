@@ -1802,7 +1802,7 @@ class TrainTest(ScriptCase):
             file.write(b"half")
             raise hidden
         with mock.patch.object(torch, "save", full):
-            self.train(2, "No space left.* --out full, /dev/shm", *arguments)
+            self.train(2, "No space left.* --out, /dev/shm", *arguments)
         self.assertEqual({*files(self.out)}, {"last.pt", "log.jsonl"})
         self.assertEqual(state_of(self.out / "last.pt")["step"], 1)
         (self.out / ".last.pt.99.tmp").touch()                # of a killed process
