@@ -500,20 +500,20 @@ class Config:
     temperature: tuple = flag(
         (1.0,), "softmax temperatures (files take the first); fit: the likeliest on half of the "
         "images, tables of the other half", type=lambda t: t if t == "fit" else float(t))
-    thresholds: int = flag(0, f"points of [1/C, 1] (default: middles of {CELLS} cells)", least=2)
+    thresholds: int = flag(0, f"points of [1/C, 1] in AUIoU (default: {CELLS} cells)", least=2)
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
     tile: int = flag(0, "side of tiles, a multiple of 1024 (default: whole images)")
     precision: str = flag("auto", "auto is half on a GPU, fp32 on a CPU", choices=PRECISIONS)
-    workers: int = flag(2, "loader processes per process")
+    workers: int = flag(2, "loader processes of each process")
     json: str = flag("", "file for every number: per class, condition, temperature")
     plots: str = flag("", "folder for plots of UIoU and calibration")
     panels: int = flag(0, "sheets of pictures of each condition, spread over the set, below --out")
     out: str = flag("pictures", "folder for --panels and --images")
-    images: str = flag("", "predict every PNG and JPEG below this folder; finished ones are left")
+    images: str = flag("", "predict every PNG and JPEG below this folder that is not yet")
     submit: tuple = flag((), f"KIND ZIP: predict a test split ({', '.join(SUBMISSIONS)})", nargs=2)
     theta: float = flag(0.5, "confidence below which a pixel of a submission is invalid")
-    score: str = flag("", "score the PNGs below this folder, named like the images of --val")
+    score: str = flag("", "score PNGs of train ids below this folder, named like --val's images")
 
 
 def check_flags(config):

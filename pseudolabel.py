@@ -30,7 +30,7 @@ COLUMNS = ["image", "label", "pool", "kept", "confidence", "selected"]     # the
 @dataclass(frozen=True)
 class Config:
     """The flags of pseudolabel.py."""
-    checkpoint: tuple = flag((), "checkpoints of train.py, averaged (none: only --select)")
+    checkpoint: tuple = flag((), "checkpoints of train.py, averaged (left out: only --select)")
     pools: tuple = flag((), "pools, NAME[@SPLIT][:PART,PART][*SHARE], or folders of images")
     data: str = flag("data", "data root; every pool lies below it")
     out: str = flag("pseudo/v1", "output folder")
@@ -41,10 +41,10 @@ class Config:
     flip: bool = flag(False, "average with the mirrored image")
     tile: int = flag(0, "side of tiles, a multiple of 1024 (default: whole images)")
     precision: str = flag("auto", "auto is half on a GPU, fp32 on a CPU", choices=PRECISIONS)
-    workers: int = flag(2, "loader processes per process")
+    workers: int = flag(2, "loader processes of each process")
     select: int = flag(0, "images to choose from the manifest (default: all)", least=0)
     rule: str = flag("rare", "rare classes, or most kept pixels first", choices=("rare", "easiest"))
-    min_kept: float = flag(0.2, "share of kept pixels below which an image is never chosen")
+    min_kept: float = flag(0.2, "kept share below which --select leaves an image out")
 
 
 LABELLING = ("threshold", "class_share", "temperature", "scales", "flip", "tile", "precision")
