@@ -510,7 +510,7 @@ class Config:
     plots: str = flag("", "folder for plots of UIoU and calibration")
     panels: int = flag(0, "sheets of pictures of each condition, spread over the set, below --out")
     out: str = flag("pictures", "folder for --panels and --images")
-    images: str = flag("", "predict every PNG and JPEG below this folder that is not yet")
+    images: str = flag("", "predict every PNG and JPEG below this folder; skips those done")
     submit: tuple = flag((), f"KIND ZIP: predict a test split ({', '.join(SUBMISSIONS)})", nargs=2)
     theta: float = flag(0.5, "confidence below which a pixel of a submission is invalid")
     score: str = flag("", "score PNGs of train ids below this folder, named like --val's images")

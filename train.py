@@ -67,7 +67,7 @@ class Config:
     jitter: float = flag(0.0, "brightness, contrast, saturation scaled by 1 - jitter .. 1 + jitter")
     uniform_classes: float = flag(0.0, "share of the crops drawn so that classes come up evenly")
     gamma: float = flag(GAMMA, "of the factor exp(gamma (1 - p)) of the loss; 0 turns it off")
-    alphas: tuple = flag(ALPHAS, "weights from the boundary outwards", nargs=5, type=float)
+    alphas: tuple = flag(tuple(map(float, ALPHAS)), "weights from the boundary outwards", nargs=5)
     lr: float = flag(4e-4, "learning rate of ladder and head", least=0)
     backbone_lr: float = flag(1e-4, "learning rate of backbone and laterals", least=0)
     warmup: int = flag(0, "steps of linear warm-up", least=0)
