@@ -683,7 +683,7 @@ def run_main(main):
         time.sleep(0 if is_first() else 5)
         # what a loader worker raised arrives as the text of a traceback, the message last
         message = re.sub(r"(?s)Caught .*\n\w+: ", "", str(error).strip())
-        if getattr(error, "errno", 0) in (2, 12, 24, 28, 30) and not error.filename:
+        if type(error) in (OSError, FileNotFoundError) and error.errno and not error.filename:
             message += "; look at the disk of --out, /dev/shm and ulimit -n, or give --workers 0"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         sys.unraisablehook = lambda _: None                # nothing more, of a loader half made

@@ -232,10 +232,11 @@ def score(samples, folder, classes, thresholds=None, rank=0, world=1):
         if confidences:
             with opened(confidences[index], "I;16", "I", size=ids.shape[::-1]) as image:
                 q = np.array(image) / 65535
-            require((q.max() * classes >= 1, f"{confidences[index]}: all below 1/C; 1 is 65535"))
         results[sample.condition][0].add(*(part if part is None else torch.from_numpy(part) for part
                                            in (y, q.astype(np.float32), ids, invalid)))
-    return pooled(results), bool(confidences)
+    sure = pooled(results)["all"][0].counts["cells"][..., 1:].any()
+    require((sure or not confidences, f"{confidences[:1]}, ...: nothing above 1/C; 65535 is 1"))
+    return results, bool(confidences)
 
 
 def named_like(samples, folder):
@@ -618,7 +619,7 @@ def main():
     samples, _, classes = gather(root, sets, config.split or "val")
     require((classes == state["classes"], f"{sets} have other classes than the checkpoint's "
              f"{len(state['classes'])} ({state['classes'][0]}, ...); name others with --val"))
-    say(f"{len(samples)} images of {' '.join(sets)} below {root}, split {config.split or 'val'}")
+    say(f"{len(samples)} images of {' '.join(sets)} in {root}, {config.split or 'val'} or as named")
     temperatures = config.temperature
     if "fit" in temperatures:
         samples.sort(key=lambda sample: sample.condition)

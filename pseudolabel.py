@@ -86,8 +86,7 @@ def class_thresholds(models, samples, config, how):
     histogram = sum(all_gather(histogram.cpu()))
     pixels = histogram.sum(1, keepdim=True)
     above = histogram.flip(1).cumsum(1).flip(1).double() / pixels.clamp(min=1)
-    # the highest cell edge above which the wanted share lies
-    edge = (above >= config.class_share).sum(1).sub(1).double() / CELLS
+    edge = (above >= config.class_share).sum(1).sub(1).double() / CELLS     # with that share above
     lower = torch.minimum(thresholds, edge.clamp(min=LOWEST).float())
     return torch.where(pixels[:, 0] >= FEWEST, lower, thresholds)
 
