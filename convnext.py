@@ -1,4 +1,4 @@
-"""ConvNeXt backbone: four feature maps of an image, and a reader for every published checkpoint.
+"""ConvNeXt backbone: four feature maps of an image, and a reader for its published checkpoints.
 
     from convnext import convnext
     backbone = convnext("convnext_large", pretrained="in22k_1k_384")
@@ -160,8 +160,8 @@ def load_pretrained(backbone, source):
 
     source: "in1k" | "in22k" | "in22k_1k_384" (looked up in WEIGHTS), a URL, a path (torch or
     safetensors) or a state dict, named as the authors, torchvision, timm, Hugging Face or
-    mmpretrain do, below any prefix. All names and shapes of the backbone must match; other
-    tensors are left out. Of a network and its moving average (EMA) the average is taken."""
+    mmpretrain do, below any prefix. All names and shapes of the backbone must match; a classifier
+    or decoder is left out. Of a network and its moving average (EMA) the average is taken."""
     where = source if isinstance(source, (str, os.PathLike)) else "the state dict"
     if source in ("in1k", "in22k", "in22k_1k_384"):
         size = (backbone.depths, backbone.dims)

@@ -67,7 +67,7 @@ ADE20K_CLASSES = tuple(map(str.strip, """
   hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
   board, shower, radiator, glass, clock, flag""".split(",")))
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
-# A value beyond its table is an error. Among train ids, 255 means "ignore".
+# A value beyond its table is an error. Train id 255: ignored. Vistas: lineage.
 CITYSCAPES_TABLE = (*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11,
                     12, 13, 14, 15, 255, 255, 16, 17, 18, 255)               # 34: licence plate
 VISTAS_TABLE = (255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0,
@@ -104,7 +104,7 @@ class Dataset(NamedTuple):
     classes: tuple = CLASSES         # (): one name per line in classes.txt of the folder
     palette: tuple = PALETTE
     condition: Callable = lambda stars: "all"       # weather, from the stars of an image
-    skip: str = r"(?!)"              # images to leave out, by regular expression on the path
+    skip: str = r"(?!)"              # of images to leave out, a regular expression; (?!): none
     gaps: float = 0                  # images of a split that may lack a label: left out, aloud
     leaks_into: str = ""             # leave out images whose stem is in train or val of that set
 
@@ -1037,7 +1037,7 @@ class Config:
     data: str = flag("data", "data root, a folder per set")
     make_demo: str = flag("", "draw the demo streets into this folder, and list them")
     seed: int = flag(0, "seed of --make-demo", least=0)
-    all_files: bool = flag(False, "open every file, not only up to 100 of each split")
+    all_files: bool = flag(False, "open every file, not only up to 100 of each split, 3 of a pool")
     show: int = flag(0, "pictures of so many samples of each labelled split, below runs/sheets")
 
 

@@ -58,8 +58,8 @@ class Metrics:
         self.bins = bins.float().to(device)                       # inner edges; (lo, hi]
         shapes = {
             "confusion": (num_classes, num_classes),              # true class, predicted class
-            # cell i: exactly i thresholds are <= q. Rows: right; wrong, by predicted class; and of
-            # these the pixels with J = 1: right; wrong, by true class
+            # cell i: exactly i thresholds are <= q. Rows: right; wrong, by predicted class; J = 1
+            # and right; J = 1 and wrong, by true class
             "cells": (4, num_classes, len(self.thresholds) + 1),
             "bins": (2, 3, ECE_BINS)}                             # J: pixels, right ones, sum of q
         self.counts = {name: torch.zeros(shape, dtype=torch.int64, device=device)
@@ -83,10 +83,10 @@ class Metrics:
         row = torch.cat([torch.where(right, h, classes + y),
                          (torch.where(right, 2 * classes, 3 * classes) + h)[j]])
         self.counts["cells"] += count(cells * row + torch.cat([cell, cell[j]]), 4, classes, cells)
-        bin = ECE_BINS * j + torch.bucketize(q, self.bins)
+        place = ECE_BINS * j + torch.bucketize(q, self.bins)
         fixed = (q.double() * FIXED_POINT).round()       # exact in float64, as are its sums
         for i, weight in enumerate((None, right.double(), fixed)):
-            self.counts["bins"][:, i] += count(bin, 2, ECE_BINS, weight=weight)
+            self.counts["bins"][:, i] += count(place, 2, ECE_BINS, weight=weight)
 
     def reduce(self):
         """Sum the counts over all processes, in place."""
@@ -117,15 +117,15 @@ class Metrics:
                     "false_invalid": (oracle - none_missed).mean(1),
                     "missed_invalid": (none_missed - uiou).mean(1)}
         both = torch.stack([bins.sum(0), bins[0]]).double()      # all pixels; those of J = 0
-        pixels, right, q = both[:, 0], both[:, 1], both[:, 2] / FIXED_POINT
-        ece = ((right - q).abs().sum(1) / pixels.sum(1)).tolist()
+        pixels, correct, q = both[:, 0], both[:, 1], both[:, 2] / FIXED_POINT
+        ece = ((correct - q).abs().sum(1) / pixels.sum(1)).tolist()
         return {"miou": iou[present].mean().item(), "iou": iou, "classes": int(present.sum()),
                 **{name: value[present].mean().item() for name, value in by_class.items()},
                 **{f"class_{k}": value.where(present, math.nan) for k, value in by_class.items()},
                 "uiou": uiou[present].mean(0), "thresholds": self.thresholds.cpu(),
                 "ece": ece[0], "ece_valid": ece[1], "pixels": int(confusion.sum()),
                 "confusion": confusion,
-                "reliability": torch.stack([pixels[0], right[0] / pixels[0], q[0] / pixels[0]])}
+                "reliability": torch.stack([pixels[0], correct[0] / pixels[0], q[0] / pixels[0]])}
 
 
 def count(index, *shape, weight=None):
@@ -251,7 +251,7 @@ def named_like(samples, folder):
 
 
 def fit_temperature(models, samples, **how):
-    """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20], 4 digits."""
+    """T of least negative log-likelihood of the labels (Guo et al.), in [0.05, 20]."""
     kept, limit = [], max(1, min(4096, 2 ** 20 // max(len(samples), 1)))         # pixels an image
     for index, _, logits, ids, _ in predictions(models, samples, **how):   # less their maximum
         at = np.flatnonzero(ids != IGNORE)         # at random: even steps may stay in a few columns
@@ -495,12 +495,12 @@ def write_submission(path, kind, names, parts, size):
 class Config:
     """The flags of evaluate.py."""
     checkpoint: tuple = flag((), "checkpoints of train.py, averaged (default: the newest run)")
-    data: str = flag("", "data root (default: the checkpoint's)")
+    data: str = flag("", "data root (default: the checkpoint's, data for --score)")
     val: tuple = flag((), "sets, NAME[@SPLIT][:PART,PART] (default: the checkpoint's)")
     split: str = flag("", "split to evaluate (default: val, or test for --submit)")
     temperature: tuple = flag(
         (1.0,), "softmax temperatures (files take the first); fit: the likeliest on half of the "
-        "images, tables of the other half", type=lambda t: t if t == "fit" else float(t))
+        "images, every other one, tables of the rest", type=lambda t: t if t == "fit" else float(t))
     thresholds: int = flag(0, f"points of [1/C, 1] in AUIoU (default: {CELLS} cells)", least=2)
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
@@ -521,11 +521,11 @@ def check_flags(config):
     """Raise ValueError for flags that exclude each other."""
     modes = [name for name in ("images", "submit", "score") if getattr(config, name)]
     files = (config.images or config.submit) and (config.json or config.plots or config.panels)
-    logits = not config.score or config.temperature == (1.0,) and not config.panels
+    scorable = not config.score or config.temperature == (1.0,) and not config.panels
     require((len(modes) < 2, f"--{' and --'.join(modes)} exclude each other"),
             (not modes or "fit" not in config.temperature, "--temperature fit needs labels"),
             (not files, "--images and --submit score nothing: no --json, --plots or --panels"),
-            (logits, "--score has no logits, so neither --temperature nor --panels"),
+            (scorable, "--score has no logits, so neither --temperature nor --panels"),
             (config.val or not config.score, "--score needs --val, the set that its PNGs are of"))
 
 
@@ -625,7 +625,7 @@ def main():
         samples.sort(key=lambda sample: sample.condition)
         choosing, samples = samples[1::2], samples[::2]
         fitted = fit_temperature(models, choosing, **how)
-        say(f"fit: T = {fitted:g} on {len(choosing)} images, tables of the other {len(samples)}")
+        say(f"fit: T = {fitted:g} on {len(choosing)}, every other image; tables of {len(samples)}")
         temperatures = tuple(fitted if t == "fit" else t for t in temperatures)
     panels = panel_writer(samples, config.panels, config.out, classes, temperatures[0])
     results = evaluate(models, samples, temperatures, config.thresholds,

@@ -56,8 +56,8 @@ def squared_boundary_distance(labels, reach):
 
     Two exact passes (Felzenszwalb and Huttenlocher, Theory of Computing 2012): along rows by
     run_distance; then, over offsets dy, the least dy^2 + the squared row distance at (y + dy, x).
-    That one counts from the label there. Where it is not ours, that pixel is itself another label,
-    at most dy away, and the minimum begins with the distance along the column."""
+    That distance is from the label there. Where it is not ours, (y + dy, x) is itself another
+    label, and the distance along the column, where the minimum begins, is no longer."""
     row, column = (run_distance(labels, axis, reach) ** 2 for axis in (2, 1))
     best, height = torch.minimum(row, column), labels.shape[1]
     rows = min(height, reach)

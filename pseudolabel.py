@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 pseudolabel.py --checkpoint runs/driving/best.pt --flip \\
         --pools dark_zurich "nightowls*0.1" nightcity nightcity@val --out pseudo/v1 --select 5000
-    python pseudolabel.py --out pseudo/v1 --select 30000 --rule easiest      choose anew, in seconds
+    python pseudolabel.py --out pseudo/v1 --select 10000 --rule easiest      choose anew, in seconds
     torchrun --nproc_per_node=8 train.py --pseudo pseudo/v1                  train on them too
 
 Writes below --out a PNG of ids per image in the classes of the checkpoint (255: not confident), and
@@ -35,7 +35,7 @@ class Config:
     data: str = flag("data", "data root; every pool lies below it")
     out: str = flag("pseudo/v1", "output folder")
     threshold: float = flag(0.99, "confidence that a pixel needs to keep its label")
-    class_share: float = flag(0.0, "share of a class's pixels to keep, by thresholds down to 0.5")
+    class_share: float = flag(0.0, "least share of a class to keep, by thresholds down to 0.5")
     temperature: float = flag(1.0, "softmax temperature")
     scales: tuple = flag((1.0,), "test-time scales, logits averaged")
     flip: bool = flag(False, "average with the mirrored image")
@@ -176,8 +176,8 @@ def select(rows, budget, rule, min_kept):
     proportion to what is eligible, by score within a pool. Returns {pool: images chosen}.
 
     rare: for every class an image carries, with CARRIED pixels or more, it scores 1 / (images that
-    carry the class), so what is hard to find elsewhere counts. easiest: the kept share. Ties fall
-    to the image's name."""
+    carry the class), so what is hard to find elsewhere counts. easiest: the kept share. Ties go
+    by the image's name."""
     kept = np.array([float(row[3]) for row in rows])
     carries = np.array([row[len(COLUMNS):] for row in rows], np.int64) >= CARRIED
     score = kept if rule == "easiest" else (carries / np.maximum(carries.sum(0), 1)).sum(1)
@@ -211,12 +211,12 @@ def main():
         return
     header, rows = read_manifest(config.out)
     kept = np.mean([float(row[3]) for row in rows])
-    print(f"{config.out}: {len(rows)} labels, {100 * kept:.1f} % of the pixels kept")
+    print(f"{config.out}: {len(rows)} labels, {100 * kept:.1f} % of an image kept on average")
     if config.select:
         quota = select(rows, config.select, config.rule, config.min_kept)
         require((any(quota.values()), "no image has --min-kept; lower it, or use --class-share"))
         write_manifest(config.out, header, rows)
-        print(f"selected by rule {config.rule}: {quota}")
+        print(f"selected {sum(quota.values())} by rule {config.rule}: {quota}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ LADDER = {"convnext_large": 320, "convnext_xlarge": 320,            # width; 128
 
 
 def bn_relu_conv(inputs, outputs, kernel, bias=False):
-    """Pre-activation unit. Without bias where a sum and a BatchNorm follow, which would undo it."""
+    """Pre-activation unit. Without a bias where the next BatchNorm would cancel it."""
     return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(),
                          nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias))
 
@@ -74,8 +74,8 @@ class SwiftNet(nn.Module):
         for blend in self.ladder:                                  # from the coarsest stride to 4
             skip = pyramid.pop()
             x = blend(resize(x, skip.shape[-2:]) + skip)
-        whole = torch.promote_types(x.dtype, torch.float32)        # in half, best classes would tie
-        return resize(self.head(x).to(whole), padded)[..., :height, :width]
+        full = torch.promote_types(x.dtype, torch.float32)         # in half, best classes would tie
+        return resize(self.head(x).to(full), padded)[..., :height, :width]
 
 
 def build(backbone="convnext_large", num_classes=19, width=None, levels=3, pretrained=None,
@@ -140,12 +140,10 @@ def forward_tiled(model, images, tile=None):
     quarter at every inner edge is dropped (the near one cut, the far one overwritten by the next
     tile): exact where the receptive field ends within it, else close."""
     height, width = images.shape[-2:]
-    if not tile:
-        return model(images)
     least = 512 * 2 ** max(0, model.levels - 2)
-    if tile < 0 or tile % least:
+    if tile and (tile < 0 or tile % least):
         raise ValueError(f"--tile must be a multiple of {least} pixels, found {tile}")
-    if tile >= max(height, width):
+    if not tile or tile >= max(height, width):
         return model(images)
     logits = images.new_empty(len(images), model.num_classes, height, width, dtype=torch.float32)
     for top in range(0, max(1, height - tile // 2), tile // 2):

@@ -361,7 +361,7 @@ class SwiftNetTest(Case):
     def test_large_photos_are_predicted_at_the_scale_of_training(self):
         """Of a network that gives back what it sees: ramps come back where they were."""
         seen, network = [], nn.Identity()
-        network.mean = torch.zeros(1)
+        network.mean, network.levels = torch.zeros(1), 1
         network.forward = lambda x: seen.append(tuple(x.shape[2:])) or x.float()
         for size, sizes in (((2160, 1300), [(1794, 1080), (2692, 1620)]),
                             ((1080, 1500), [(1080, 1500), (1620, 2250)])):
@@ -1786,10 +1786,10 @@ class TrainTest(ScriptCase):
         more = ("--precision", "fp16", "--steps", 2, "--out", self.folder / "half")
         self.train(0, ".", *more)
         state = state_of(self.folder / "half/last.pt")
-        for scale, status, words, growth in ((2.0 ** -7, 0, ".", 8),
+        for scale, status, words, growth in ((2.0 ** -7, 0, "2 processes", 8),
                                              (2.0 ** -12, 2, "float16.*fp32", 7)):
             state["scaler"].update(scale=scale, _growth_tracker=7)
-            torch.save({**state, "step": 1}, self.folder / "half/last.pt")
+            torch.save({**state, "step": 1, "world": 2}, self.folder / "half/last.pt")
             self.train(status, words, *more)
             scaler = state_of(self.folder / "half/last.pt")["scaler"]
             self.assertEqual((scaler["scale"], scaler["_growth_tracker"]), (scale, growth))
@@ -1855,9 +1855,9 @@ class TrainTest(ScriptCase):
             self.ends(0, "no folder data/.*demo", train)
             self.assertEqual((start.call_args[0][0].recipe, draw.call_args[0]), ("demo", ("demo",)))
             config = start.call_args[0][0]
-            self.assertEqual(train.Run(config, "").folder, Path("runs/demo"))
+            self.assertEqual(train.Run(config, "", 1).folder, Path("runs/demo"))
             with mock.patch.object(train, "all_gather", lambda item: [item, (1, *item[1:])]):
-                self.assertRaisesRegex(ValueError, "other --data or --out", train.Run, config, "")
+                self.assertRaisesRegex(ValueError, "other --data", train.Run, config, "", 1)
             self.assertNotEqual(*(train.digest(config, [], [], [], c) for c in ("ab", "ba")))
             self.ends(0, "^$", train, "--data", streets())
             config = start.call_args[0][0]

@@ -38,7 +38,7 @@ from losses import ALPHAS, GAMMA, PADDING, boundary_aware_focal_loss, boundary_w
 from swiftnet import build, compiled, load_checkpoint
 
 LR_END = 1e-7                                  # lineage: the cosine ends here
-EPS = 1e-7                                     # lineage: Adam's, larger as half precision wants
+EPS = 1e-7                                     # lineage: Adam's; torch has 1e-8
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Config:
                        choices=("driving", "ade20k", "camvid", "demo"))
     data: str = flag("data", "data root, a folder per set")
     train: tuple = flag((), "sets, NAME[@SPLIT][:PART,PART][*WEIGHT] (default: the annotated ones)")
-    pseudo: tuple = flag((), "folders of pseudolabel.py to train on as well, with *WEIGHT")
+    pseudo: tuple = flag((), "folders of pseudolabels to train on as well, FOLDER[*WEIGHT]")
     val: tuple = flag((), "sets to validate on (default: acdc if it is there, else cityscapes)")
     out: str = flag("", "output folder (default: runs/<recipe>)")
-    init: str = flag("", "checkpoint to take weights from, and nothing else")
+    init: str = flag("", "checkpoint whose weights to begin with, not --pretrained")
     backbone: str = flag("convnext_large", "size of the backbone", choices=tuple(SIZES))
     pretrained: str = flag("in22k_1k_384", "in1k, in22k, in22k_1k_384, a path, a URL, or none")
     levels: int = flag(3, "resolutions of the pyramid", least=1)
@@ -61,7 +61,7 @@ class Config:
     epochs: int = flag(50, "passes over the training set", least=1)
     steps: int = flag(0, "optimizer steps in all (default: as many as the epochs have)", least=0)
     batch: int = flag(24, "images per optimizer step, over all processes", least=1)
-    batch_per_process: int = flag(3, "images of a forward; parts add up to --batch", least=1)
+    batch_per_process: int = flag(3, "images of a forward, accumulated to --batch", least=1)
     crop: int = flag(1024, "side of the training crop, pixels")
     zoom: tuple = flag((0.5, 2.0), "range of the random zoom", nargs=2)
     jitter: float = flag(0.0, "brightness, contrast, saturation scaled by 1 - jitter .. 1 + jitter")
@@ -105,8 +105,8 @@ def take_step(network, optimizer, scaler, images, labels, config, world):
     """One optimizer step on this process's share of the batch. Returns its share of the loss.
 
     images (B, 3, H, W) uint8, labels (B, H, W) uint8, B = batch / world. The loss is divided by the
-    labelled pixels of the whole global batch, over processes and accumulated parts, so the gradient
-    does not depend on how images fall on them. DDP averages gradients, hence the factor `world`."""
+    labelled pixels of the whole global batch: each counts alike, however images fall on processes
+    and accumulated parts; BatchNorm sees one forward. DDP averages gradients, hence `world *`."""
     valid, total, size = (labels < PADDING).sum(), 0, config.batch_per_process
     if world > 1:
         dist.all_reduce(valid)
@@ -157,7 +157,7 @@ def train(config, rank, world, device):
     samples, weights, classes, val_samples = read_sets(config)
     steps_per_epoch = max(1, round(weights.sum()) // config.batch)
     total = config.steps or config.epochs * steps_per_epoch
-    run = Run(config, digest(config, samples, weights, val_samples, classes))
+    run = Run(config, digest(config, samples, weights, val_samples, classes), world)
     if run.step >= total:
         return say(f"{run.folder}: finished, nothing to do; another run takes another --out")
 
@@ -187,8 +187,8 @@ def train(config, rank, world, device):
     say(f"{run.folder}: step {run.step} of {total}, {steps_per_epoch} an epoch of {len(samples)} "
         f"images of {' '.join(config.train + config.pseudo)}; {config.backbone} on {world} x "
         f"{device.type}")
-    together = config.batch // world % config.batch_per_process or config.batch_per_process
-    together *= world if device.type == "cuda" else 1                # as SyncBatchNorm is there
+    rest = config.batch // world % config.batch_per_process          # the last part of a step
+    together = (rest or config.batch_per_process) * (world if device.type == "cuda" else 1)
     if together < 3:
         say(f"BatchNorm sees {together} image(s) at a time, too few for its statistics: give a "
             "larger --batch-per-process, with --checkpoint-blocks where memory is short")
@@ -223,8 +223,8 @@ def train(config, rank, world, device):
             run.save("last.pt")
         run.awaiting = done < total
         run.stop()
-    say("untrained: mIoU " + ", ".join(f"{c} {100 * v:.2f}" for c, v in run.untrained.items()))
-    say(f"best.pt: mIoU {100 * run.best:.2f}\n"
+    first = ", ".join(f"{name} {100 * miou:.2f}" for name, miou in run.untrained.items())
+    say(f"before training: mIoU {first}\nbest.pt: mIoU {100 * run.best:.2f}\n"
         f"next: python evaluate.py --checkpoint {run.folder}/best.pt --temperature 0.67")
 
 
@@ -266,8 +266,8 @@ def make_model(config, classes, state):
         require((shapes[0] == shapes[1], "--init has another --backbone, --levels or --width"))
         model.load_state_dict(source.state_dict())
     elif config.pretrained != "none":
-        for first in (True, False):             # one process of each machine downloads, then all
-            if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+        for turn in (0, 1):                     # one process of each machine downloads, then all
+            if turn == (os.environ.get("LOCAL_RANK", "0") != "0"):
                 load_pretrained(model.backbone, config.pretrained)
             all_gather(None)
     for module in model.modules():
@@ -298,7 +298,7 @@ def make_optimizer(model, config, device, state):
 
 # --- the run folder -----------------------------------------------------------------------------
 
-# Flags that may differ between a run and its continuation: they change rounding at most.
+# Flags in which a continuation may differ: they change rounding, and the steps that fp16 skips.
 FREE = "out compile checkpoint_blocks precision save_every log_every workers".split()
 LEAST_SCALE = 2.0 ** -10       # of fp16's loss; it begins at 2^16 and halves at every overflow
 
@@ -306,20 +306,21 @@ LEAST_SCALE = 2.0 ** -10       # of fp16's loss; it begins at 2^16 and halves at
 class Run:
     """The folder of a run: where it stands, its checkpoints, its log, and its end by SIGTERM."""
 
-    def __init__(self, config, data):
+    def __init__(self, config, data, world):
         self.config, self.data, self.stopping, self.awaiting = config, data, False, False
-        self.folder = Path(config.out)
+        self.folder, self.world = Path(config.out), world
         self.step, self.best, self.untrained, self.state = 0, -1.0, None, None
         if (self.folder / "last.pt").exists():
-            self.state = read_tensors(self.folder / "last.pt")
+            state = self.state = read_tensors(self.folder / "last.pt")
             here = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-            there = {**self.state.get("config", {}), "files": self.state.get("data")}
+            there = {**state.get("config", {}), "files": state.get("data")}
             other = differences(there, {**here, "files": data})
             require((not other, f"{self.folder} has other settings, {other}; use another --out"))
-            self.step, self.best = self.state["step"], self.state["best"]
-            self.untrained = self.state["untrained"]
-        alone = not self.state and (self.folder / "best.pt").exists()
-        require((not alone, f"{self.folder} holds a best.pt of something else; use another --out"),
+            self.step, self.best, self.untrained = state["step"], state["best"], state["untrained"]
+            if state.get("world", world) != world:
+                say(f"{state['world']} processes came this far; BatchNorm saw other batches there")
+        require((self.state or not (self.folder / "best.pt").exists(),
+                 f"{self.folder} holds a best.pt of something else; use another --out"),
                 (len({*all_gather((self.step, data))}) == 1, "processes see other --data or --out"))
 
     def begin(self, model, optimizer, scaler, classes, total):
@@ -381,12 +382,13 @@ class Run:
                 torch.save({"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
                             "optimizer": self.optimizer.state_dict(), "step": self.step,
                             "best": self.best, "untrained": self.untrained, "data": self.data,
-                            "classes": self.classes, "config": dataclasses.asdict(self.config),
+                            "classes": self.classes, "world": self.world,
+                            "config": dataclasses.asdict(self.config),
                             "architecture": architecture(self.config, self.classes)}, file)
 
 
 def digest(config, samples, weights, val_samples, classes):
-    """A line that changes with the files of a run and the manifests of its pseudolabels."""
+    """A line that changes with the image paths and weights of a run and its pseudolabels."""
     lines = [*classes, *(s.image for s in samples + val_samples), *map(str, weights)]
     folders = {parse_name(name)[0] for name in config.train + config.pseudo} - {*DATASETS}
     lines += [Path(folder, "manifest.csv").read_text() for folder in sorted(folders)]
@@ -417,12 +419,12 @@ def main():
         draw_demo(config.data)                            # the others wait in start_processes
     rank, world, device = start_processes()
 
-    def found(names, split):
+    def sets_in(names, split):
         for message in misplaced(config.data, names, split):
             raise ValueError(message)
         return tuple(name for name in names if scan(config.data, name, split)[1][0])
-    config = dataclasses.replace(config, train=config.train or found(ANNOTATED, "train"),
-                                 val=config.val or found(("acdc", "cityscapes"), "val")[:1])
+    config = dataclasses.replace(config, train=config.train or sets_in(ANNOTATED, "train"),
+                                 val=config.val or sets_in(("acdc", "cityscapes"), "val")[:1])
     require((config.batch % world == 0, f"--batch {config.batch} is no multiple of {world}"),
             (config.train and config.val, f"--data {config.data} holds none of {ANNOTATED}, or "
              "neither acdc nor cityscapes to validate on; name --train, --val, or --recipe demo"))
