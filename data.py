@@ -67,7 +67,7 @@ ADE20K_CLASSES = tuple(map(str.strip, """
   hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
   board, shower, radiator, glass, clock, flag""".split(",")))
 # Label value on disk -> train id, by position. None in a row of DATASETS: train ids already.
-# A value beyond its table is an error. Train id 255: ignored. Vistas: lineage.
+# A value beyond its table is an error; train id 255 is ignored. Vistas' table is the lineage's.
 CITYSCAPES_TABLE = (*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11,
                     12, 13, 14, 15, 255, 255, 16, 17, 18, 255)               # 34: licence plate
 VISTAS_TABLE = (255, 255, 1, 4, 4, 255, 3, 0, 0, 1, 0, 1, 0, 0, 0, 1, 2, 2, 2, 11, 12, 12, 12, 0, 0,

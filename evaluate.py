@@ -625,7 +625,7 @@ def main():
         samples.sort(key=lambda sample: sample.condition)
         choosing, samples = samples[1::2], samples[::2]
         fitted = fit_temperature(models, choosing, **how)
-        say(f"fit: T = {fitted:g} on {len(choosing)}, every other image; tables of {len(samples)}")
+        say(f"fit: T = {fitted:g} by every other image, {len(choosing)}; tables of {len(samples)}")
         temperatures = tuple(fitted if t == "fit" else t for t in temperatures)
     panels = panel_writer(samples, config.panels, config.out, classes, temperatures[0])
     results = evaluate(models, samples, temperatures, config.thresholds,

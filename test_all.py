@@ -1910,8 +1910,8 @@ class InterruptionTest(ScriptCase):
                 process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGTERM)
             self.assertIn("SIGTERM", process.communicate(timeout=40)[0])
-            done = state_of(out / "last.pt")["step"]
-            self.assertEqual((len(log_of(out, "loss")), done < steps), (done, True))
+            done, world = map(state_of(out / "last.pt").get, ("step", "world"))
+            self.assertEqual((len(log_of(out, "loss")), done < steps, world), (done, 1, processes))
             self.kill(start, out)
             self.assertTrue(SLOW or state_of(out / "last.pt")["step"] < steps)   # killed, all of it
             self.assertEqual(start()[0], 0)

@@ -318,7 +318,7 @@ class Run:
             require((not other, f"{self.folder} has other settings, {other}; use another --out"))
             self.step, self.best, self.untrained = state["step"], state["best"], state["untrained"]
             if state.get("world", world) != world:
-                say(f"{state['world']} processes came this far; BatchNorm saw other batches there")
+                say(f"{state['world']} processes came this far; BatchNorm's batches may differ")
         require((self.state or not (self.folder / "best.pt").exists(),
                  f"{self.folder} holds a best.pt of something else; use another --out"),
                 (len({*all_gather((self.step, data))}) == 1, "processes see other --data or --out"))
